@@ -1,0 +1,174 @@
+"""A decoder-only transformer of the Llama/Qwen family, from scratch, with batched sampling.
+
+RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, tied or untied output head, optional Q/K/V bias. Module names
+follow the published checkpoints. Left out: dropout (none is used after pre-training), attention masks for left-padded
+prompts (the toy's prompts are of one width), and sliding windows.
+
+Shapes: B sequences, T tokens, V vocabulary, D model width, H query heads, K key/value heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int
+    d_model: int = 64
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    d_ff: int = 192
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False  # Qwen2.5 has it, Llama does not
+    tied_head: bool = True
+
+    def __post_init__(self):
+        if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            raise ValueError(
+                f"d_model {self.d_model} must split into n_heads {self.n_heads} of even width, "
+                f"and n_heads into n_kv_heads {self.n_kv_heads} groups"
+            )
+
+    @property
+    def head_dim(self):
+        return self.d_model // self.n_heads
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_table(positions, config):
+    """cos and sin of every position's rotation angles, (T, head_dim) each, the two halves alike."""
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
+    angles = positions[:, None] * config.rope_theta**-exponent  # (T, head_dim/2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """Rotary position embedding of x (B, heads, T, head_dim); dimension i turns together with i + head_dim/2."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        kv_width = config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x, rope, cache=None, start=0):
+        B, T, D = x.shape
+        q, k, v = (
+            proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, H or K, T, head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            cache[:, :, :, start : start + T] = torch.stack([k, v])
+            k, v = cache[:, :, :, : start + T]
+        # A single query is the newest position and may see everything; more of them only ever start at position 0.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x, rope, cache=None, start=0):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, start)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config)
+        if not config.tied_head:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.2)
+            elif isinstance(module, nn.Linear):  # by fan-in: at this small width a fixed 0.02 learns much more slowly
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def hidden(self, tokens, cache=None, start=0):
+        """Tokens (B, T) at positions start..start+T-1 -> final hidden states (B, T, D)."""
+        x = self.embed_tokens(tokens)  # (B, T, D)
+        rope = rotary_table(torch.arange(start, start + tokens.shape[1], device=tokens.device), self.config)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, None if cache is None else cache[i], start)
+        return self.norm(x)
+
+    def head(self, hidden):
+        """Hidden states (..., D) -> logits (..., V). Apart, so that losses can skip the prompt's positions."""
+        return F.linear(hidden, self.embed_tokens.weight if self.config.tied_head else self.lm_head.weight)
+
+    def forward(self, tokens):
+        """Tokens (B, T) -> logits (B, T, V)."""
+        return self.head(self.hidden(tokens))
+
+    @torch.no_grad()
+    def generate(self, prompts, max_new_tokens, eos, pad, temperature=1.0, generator=None):
+        """Sample a completion for each row of prompts (B, P) -> (B, max_new_tokens), with EOS kept and PAD after it.
+
+        temperature 0 takes the most likely token. `generator` is a torch.Generator on the prompts' device.
+        """
+        B, P = prompts.shape
+        c = self.config
+        shape = (c.n_layers, 2, B, c.n_kv_heads, P + max_new_tokens, c.head_dim)  # 2: keys and values
+        cache = torch.empty(shape, device=prompts.device, dtype=self.embed_tokens.weight.dtype)
+        completions = torch.full((B, max_new_tokens), pad, device=prompts.device)
+        done = torch.zeros(B, dtype=torch.bool, device=prompts.device)
+        new, start = prompts, 0
+        for t in range(max_new_tokens):
+            logits = self.head(self.hidden(new, cache, start)[:, -1]).float()  # (B, V)
+            start += new.shape[1]
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            completions[:, t] = token.masked_fill(done, pad)
+            done |= token == eos
+            if done.all():
+                break
+            new = token[:, None]
+        return completions

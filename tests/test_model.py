@@ -1,0 +1,101 @@
+"""model.py: causality, padding, the KV cache, sampling, and its parts against plain formulas."""
+
+import pytest
+import torch
+
+from losses import token_logps
+from model import GPT, GPTConfig, rotary_table, rotate
+
+VARIANTS = {
+    "default": {},
+    "untied": {"tied_head": False},
+    "bias, no groups": {"qkv_bias": True, "n_kv_heads": 4},
+    "one kv head, wide theta": {"n_kv_heads": 1, "rope_theta": 500_000.0},
+}
+
+
+def make(seed=0, **options):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(vocab_size=13, **options)).double()
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_future_tokens_and_padding_change_nothing(options):
+    model = make(**options)
+    tokens = torch.randint(13, (3, 10))
+    changed = tokens.clone()
+    changed[:, 6:] = 12
+    with torch.no_grad():
+        a, b, short = model(tokens), model(changed), model(tokens[:, :6])
+    torch.testing.assert_close(a[:, :6], b[:, :6])
+    torch.testing.assert_close(a[:, :6], short)
+    assert not torch.allclose(a[:, 6:], b[:, 6:])
+    mask = (torch.arange(10) >= 3) & (torch.arange(10) < 6) & torch.ones(3, 1, dtype=bool)
+    torch.testing.assert_close(token_logps(a, tokens, mask), token_logps(b, changed, mask))
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_cached_decoding_equals_full_forward(options):
+    model = make(**options)
+    prompts = torch.randint(13, (5, 4))
+    completions = model.generate(prompts, 12, eos=-1, pad=12, temperature=0)
+    tokens = prompts
+    with torch.no_grad():
+        for _ in range(12):
+            tokens = torch.cat([tokens, model(tokens)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(completions, tokens[:, 4:])
+
+
+def test_sampling_follows_the_policy():
+    # Frequencies of the first sampled token against the softmax, at two temperatures; bounds of about five deviations.
+    model = make()
+    prompt = torch.tensor([[1, 2, 3]])
+    n = 20_000
+    with torch.no_grad():
+        logits = model(prompt)[0, -1]
+    for temperature in (1.0, 0.5):
+        sampled = model.generate(
+            prompt.expand(n, -1), 1, eos=-1, pad=12, temperature=temperature, generator=torch.Generator().manual_seed(0)
+        )
+        expected = (logits / temperature).softmax(-1)
+        frequency = torch.bincount(sampled[:, 0], minlength=13) / n
+        assert ((frequency - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
+
+
+def test_generation_pads_after_eos_and_repeats_with_its_seed():
+    model = make()
+    prompts = torch.randint(11, (64, 4))
+    first, second = (model.generate(prompts, 20, eos=5, pad=12, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    ended = 0
+    for row in first.tolist():
+        if 5 in row:
+            ended += 1
+            assert set(row[row.index(5) + 1 :]) <= {12}
+    assert ended > 10
+
+
+def test_rotary_embedding_sees_only_distance():
+    config = GPTConfig(vocab_size=13)
+    q, k = torch.randn(2, 1, 1, 1, config.head_dim, dtype=torch.float64)
+
+    def score(i, j):
+        turn = lambda x, at: rotate(x, rotary_table(torch.tensor([at]), config))  # noqa: E731
+        return (turn(q, i) * turn(k, j)).sum()
+
+    torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-5, atol=1e-5)
+    assert not torch.isclose(score(7, 3), score(7, 4))
+
+
+def test_head_is_separate_and_tied():
+    model = make()
+    tokens = torch.randint(13, (2, 6))
+    with torch.no_grad():
+        torch.testing.assert_close(model.head(model.hidden(tokens)[:, 3:]), model(tokens)[:, 3:])
+    assert "lm_head.weight" not in model.state_dict() and "lm_head.weight" in make(tied_head=False).state_dict()
+    assert 1e5 * 0.9 < sum(p.numel() for p in model.parameters()) < 4e5
+
+
+def test_impossible_config_is_refused():
+    with pytest.raises(ValueError, match="n_kv_heads 3"):
+        GPTConfig(vocab_size=13, n_kv_heads=3)
