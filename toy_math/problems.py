@@ -1,0 +1,117 @@
+"""Arithmetic problems, their step-by-step traces, the slips in them, and the verifier.
+
+A problem is a two-digit start and n operations, everything mod 100, e.g. `47+8*3-5?`. Its trace spells every step in
+fixed width, `47+8=55;55*3=65;65-5=60;#60`. In the corpus, each step goes wrong with a small probability in a way a
+student's would (a *slip*), and the later steps follow from the wrong value. The result: correct and incorrect solutions
+of one problem share most of their tokens, which is what entangles their gradients.
+"""
+
+import random
+import re
+import zlib
+from dataclasses import dataclass
+
+MODULUS = 100
+STEP_WIDTH = len("47+8=55;")
+TEST_SHARE = 8  # one problem in eight belongs to the test split
+DERIVATION = re.compile(r"(\d\d[-+*]\d=\d\d;)+#(\d\d)")
+
+
+@dataclass(frozen=True)
+class Problem:
+    start: int  # 0..99
+    ops: tuple[tuple[str, int], ...]  # (operator, digit 2..9), applied from left to right
+
+    @property
+    def prompt(self):
+        return f"{self.start:02d}" + "".join(f"{op}{digit}" for op, digit in self.ops) + "?"
+
+    @property
+    def split(self):
+        """ "train" or "test", read off the problem itself, so that the two can never overlap."""
+        return "test" if zlib.crc32(self.prompt.encode()) % TEST_SHARE == 0 else "train"
+
+
+@dataclass(frozen=True)
+class Slip:
+    step: int  # 1 is the first step
+    kind: str  # a key of `slip_results`
+
+
+@dataclass(frozen=True)
+class Verdict:
+    correct: bool  # well-formed, and the final answer is the true one
+    malformed: bool  # not n steps and an answer in the trace's format
+    first_wrong_step: int | None  # 1 is the first step, n + 1 the final answer; None where the trace is the clean one
+
+
+def parse_prompt(prompt):
+    """`47+8*3?` -> Problem. Raises ValueError on any other text."""
+    if not re.fullmatch(r"\d\d([-+*][2-9])+\?", prompt):
+        raise ValueError(f"not a problem: {prompt!r} (expected something like '47+8*3-5?')")
+    return Problem(int(prompt[:2]), tuple((prompt[i], int(prompt[i + 1])) for i in range(2, len(prompt) - 1, 2)))
+
+
+def draw_problem(n_ops, rng):
+    return Problem(rng.randrange(MODULUS), tuple((rng.choice("+-*"), rng.randint(2, 9)) for _ in range(n_ops)))
+
+
+def draw_problems(count, n_ops, split, rng):
+    """`count` distinct problems of one split. Raises ValueError where there are not that many."""
+    found = {}  # a dict keeps the order of drawing
+    for _ in range(100 * (count + 100)):
+        if len(found) == count:
+            break
+        problem = draw_problem(n_ops, rng)
+        if problem.split == split:
+            found[problem] = None
+    else:
+        raise ValueError(f"found only {len(found)} different {split} problems of {n_ops} operation(s), not {count}")
+    return list(found)
+
+
+def apply(op, value, digit):
+    return {"+": value + digit, "-": value - digit, "*": value * digit}[op] % MODULUS
+
+
+def slip_results(op, value, digit):
+    """The wrong results a student might write for one step: {kind: candidates}."""
+    true = apply(op, value, digit)
+    ones = value % 10
+    unit = {"+": ones + digit, "-": ones - digit, "*": ones * digit}[op]
+    carry = unit // 10  # negative where a subtraction borrows
+    kinds = {
+        "off_by_one": [true - 1, true + 1],
+        "off_by_two": [true - 2, true + 2],
+        "off_by_ten": [true - 10, true + 10],
+        "forgotten_carry": [true - 10 * carry] if carry % 10 else [],
+    }
+    return {kind: [r % MODULUS for r in results] for kind, results in kinds.items() if results}
+
+
+def write_trace(problem, slip_rate=0.0, rng=random):
+    """Solve a problem step by step, each step slipping with probability `slip_rate`: (trace, [Slip, ...])."""
+    value, text, slips = problem.start, [], []
+    for step, (op, digit) in enumerate(problem.ops, start=1):
+        result = apply(op, value, digit)
+        if slip_rate and rng.random() < slip_rate:
+            wrong = slip_results(op, value, digit)
+            kind = rng.choice(list(wrong))
+            result = rng.choice(wrong[kind])
+            slips.append(Slip(step, kind))
+        text.append(f"{value:02d}{op}{digit}={result:02d};")
+        value = result
+    return "".join(text) + f"#{value:02d}", slips
+
+
+def verify(problem, completion, finished=True):
+    """Recompute the answer and compare. `finished` says whether the trajectory ended with EOS; one that did not is
+    malformed. Only the final answer decides `correct`, so two slips that cancel out pass, as they would in public
+    verifiers of mathematical answers."""
+    clean, _ = write_trace(problem)
+    match = DERIVATION.fullmatch(completion)
+    malformed = not finished or match is None or len(completion) != len(clean)
+    correct = not malformed and match[2] == clean[-2:]
+    wrong_at = next((i for i, (a, b) in enumerate(zip(completion, clean)) if a != b), len(completion))
+    first_wrong_step = None if completion == clean and finished else min(wrong_at, len(clean) - 1) // STEP_WIDTH + 1
+    return Verdict(correct, malformed, first_wrong_step)
