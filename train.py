@@ -1,0 +1,489 @@
+"""Train a small GPT on slipping arithmetic, then improve it by offline reinforcement learning on its own rollouts.
+
+    python train.py --loss fpa --lam 2                  # one run
+    python train.py --loss off_rl fpa --seed 0 1 2 3 4  # several values per flag: their product
+
+Stages, each cached under --out: base model -> rollouts -> reference logits -> offline RL with periodic evaluation ->
+final evaluation. Left out against the paper: real checkpoints and benchmarks, the other losses, online RL.
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import plots
+from losses import TARGETS, fpa, future_logits, logp_sum_and_mean, off_rl, token_logps
+from model import GPT, GPTConfig
+from toy_math.problems import draw_problems
+from toy_math.rollouts import corpus_rows, evaluate, pack, read_rows, rollout_rows, sample, samples_text
+from toy_math.tokenizer import VOCAB_SIZE
+
+LOSSES = {
+    "off_rl": lambda logp_mean, future_logp_mean, reward, target: off_rl(logp_mean, reward),
+    "fpa": fpa,
+}
+COLUMNS = (
+    "step loss grad_norm accuracy accuracy_greedy malformed logratio_correct logratio_incorrect pi_correct pi_incorrect "
+    "pihat_correct pihat_incorrect below_0.2_pi below_0.2_pihat seconds tokens"
+).split()
+CONFIG = GPTConfig(vocab_size=VOCAB_SIZE)
+BASE_BATCH, BASE_LR, BASE_WARMUP = 32, 3e-3, 100
+EVAL_PROBLEMS, EVAL_SAMPLES = 256, 8
+MONITORED = 128  # correct, and as many incorrect, training rollouts whose log-probabilities are logged
+FORMAT = 1  # part of every cache key: raise it when a stage's meaning changes
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one line, exit code 2."""
+
+
+class NonFiniteError(Exception):
+    """The loss or the gradient is no longer a number; shown as one line, exit code 3."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+
+
+def whole(minimum):
+    def parse(text):
+        if not text.lstrip("-").isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def number(minimum, maximum=math.inf, above=False):
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and minimum <= value <= maximum) or (above and value == minimum):
+            bounds = f"{'above' if above else 'at least'} {minimum:g}" + (
+                f", at most {maximum:g}" if maximum < math.inf else ""
+            )
+            raise argparse.ArgumentTypeError(f"must be a finite number {bounds}, not {text!r}")
+        return value
+
+    return parse
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Offline RL on synthetic arithmetic: Off-RL against Future Policy Approximation (FPA).",
+        epilog="--loss, --lam, --target and --seed take several values and then run their product.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--loss", nargs="+", default=["off_rl", "fpa"], choices=LOSSES, help="loss of the offline RL stage")
+    method.add_argument(
+        "--lam", nargs="+", default=[2.0], type=number(0), metavar="λ", help="how far fpa extrapolates; off_rl has none"
+    )
+    method.add_argument(
+        "--target", nargs="+", default=["both"], choices=TARGETS, help="rows that fpa weights by the future policy"
+    )
+    method.add_argument(
+        "--seed", nargs="+", default=[0], type=whole(0), help="seed of the whole pipeline, base model and rollouts included"
+    )
+
+    optimisation = parser.add_argument_group("offline RL")
+    optimisation.add_argument("--steps", default=1000, type=whole(1), help="optimizer steps")
+    optimisation.add_argument("--lr", default=2e-4, type=number(0, above=True), help="AdamW's learning rate")
+    optimisation.add_argument(
+        "--batch-size", default=64, type=whole(2), help="trajectories per step, half correct and half incorrect"
+    )
+
+    task = parser.add_argument_group("task")
+    task.add_argument("--prompts", default=768, type=whole(1), help="training problems that are rolled out")
+    task.add_argument("--rollouts", default=8, type=whole(1), help="samples per training problem")
+    task.add_argument("--ops", default=6, type=whole(1), help="operations per problem")
+    task.add_argument(
+        "--slip", default=0.12, type=number(0, 1), help="probability that a step of the base model's corpus is wrong"
+    )
+    task.add_argument("--base-steps", default=3000, type=whole(1), help="training steps of the base model")
+
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument("--eval-every", default=50, type=whole(1), help="steps between evaluations")
+    evaluation.add_argument(
+        "--eval-temperature", default=1.0, type=number(0, above=True), help="sampling temperature of `accuracy`"
+    )
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes a GPU where there is one"
+    )
+    machine.add_argument("--out", default="runs", type=Path, help="folder of the runs and of the cached stages")
+    machine.add_argument("--force", action="store_true", help="run anew what is already finished")
+    args = parser.parse_args(argv)
+
+    if args.batch_size % 2:
+        parser.error(f"argument --batch-size: must be even, half correct and half incorrect, not {args.batch_size}")
+    for flag in ("lam", "target"):
+        if "fpa" not in args.loss and getattr(args, flag) is not parser.get_default(flag):
+            parser.error(f"argument --{flag}: only fpa has it, and --loss is {' '.join(args.loss)}")
+    try:  # too few problems of this length are noticed before anything is trained
+        for seed in args.seed:
+            draw_splits(args, seed)
+    except ValueError as error:
+        parser.error(f"argument --ops or --prompts: {error}")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if args.device == "auto":
+        args.device = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[args.device]:
+        parser.error(f"argument --device: there is no {args.device} device on this machine")
+    existing = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        parser.error(f"argument --out: {existing} is not a folder that can be written to")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def digest(settings):
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name to write to, renamed to `path` once it is whole: no reader ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def save_model(model, path):
+    with replacing(path) as temporary:
+        save_file({name: weight.contiguous() for name, weight in model.state_dict().items()}, temporary)
+
+
+def load_model(path, device):
+    model = GPT(CONFIG)
+    model.load_state_dict(load_file(path))
+    return model.to(device)
+
+
+def seeded(device, *parts):
+    """A torch generator of its own for every use, so that no stage depends on how much another has drawn."""
+    return torch.Generator(device).manual_seed(int(digest(parts), 16))
+
+
+def adamw(model, lr):
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stages before offline RL
+
+
+def stage_settings(args, seed):
+    """What determines the base model, and what determines the rollouts: the keys of the two caches."""
+    base = {
+        "format": FORMAT,
+        "model": asdict(CONFIG),
+        "ops": args.ops,
+        "slip": args.slip,
+        "base_steps": args.base_steps,
+        "seed": seed,
+    }
+    return base, {**base, "prompts": args.prompts, "rollouts": args.rollouts}
+
+
+def base_model(args, seed, path):
+    """A GPT that has learned the slipping corpus: each trace is new, and only its completion is predicted."""
+    if path.exists():
+        print(f"base model    cached       {path}")
+        return load_model(path, args.device)
+    torch.manual_seed(seed)
+    model = GPT(CONFIG).to(args.device)
+    rows = corpus_rows(args.base_steps * BASE_BATCH, args.ops, args.slip, random.Random(f"{seed}/corpus"))
+    tokens, mask = (x.to(args.device).split(BASE_BATCH) for x in pack(rows))
+
+    optimizer = adamw(model, BASE_LR)
+    warmup = min(BASE_WARMUP, args.base_steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * step / args.base_steps)),
+    )
+    began = time.time()
+    for batch, batch_mask in tqdm(zip(tokens, mask), total=args.base_steps, desc="base model", disable=None, leave=False):
+        loss = -token_logps(model(batch), batch, batch_mask).sum() / batch_mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    if not torch.isfinite(loss):
+        raise NonFiniteError("the base model's loss is not finite at its last step")
+    save_model(model, path)
+    print(f"base model    {time.time() - began:6.1f} s     {path}   last loss {loss.item():.3f} nats/token")
+    return model
+
+
+def draw_splits(args, seed):
+    """The training problems that are rolled out and the test problems of the evaluations."""
+    return (
+        draw_problems(args.prompts, args.ops, "train", random.Random(f"{seed}/train")),
+        draw_problems(EVAL_PROBLEMS, args.ops, "test", random.Random(f"{seed}/test")),
+    )
+
+
+def rollouts(args, seed, model, problems, path):
+    """`--rollouts` samples at temperature 1 for each training problem, verified: rows as in toy_math/rollouts.py."""
+    if path.exists():
+        print(f"rollouts      cached       {path}")
+        return read_rows(path)
+    problems = [problem for problem in problems for _ in range(args.rollouts)]
+    began = time.time()
+    samples, generator = [], seeded(args.device, seed, "rollouts")
+    for chunk in tqdm(chunks(problems, 2048), desc="rollouts", disable=None, leave=False):
+        samples += sample(model, chunk, 1.0, generator)
+    rows = rollout_rows(problems, samples)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    share = sum(row["label"] for row in rows) / len(rows)
+    print(f"rollouts      {time.time() - began:6.1f} s     {path}   {len(rows)} rollouts, {share:.1%} correct")
+    return rows
+
+
+def chunks(items, size):
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+@torch.no_grad()
+def reference_logits(args, model, tokens, start, path):
+    """The reference policy's logits (N, T - start, V), computed once: a training step then costs no reference forward."""
+    if path.exists():
+        print(f"reference     cached       {path}")
+        return load_file(path, device=args.device)["logits"]
+    began = time.time()
+    batches = tqdm(tokens.split(512), desc="reference", disable=None, leave=False)
+    logits = torch.cat([model.head(model.hidden(batch)[:, start:]) for batch in batches])
+    with replacing(path) as temporary:
+        save_file({"logits": logits}, temporary)
+    print(f"reference     {time.time() - began:6.1f} s     {path}")
+    return logits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# offline RL
+
+
+def batch_order(labels, steps, batch_size, seed):
+    """Row indices (steps, batch_size): half correct, half incorrect, each half walking through its own shuffled epochs."""
+    halves = []
+    for label in (True, False):
+        rows, generator = (labels.cpu() == label).nonzero()[:, 0], seeded("cpu", seed, "order", label)
+        needed = steps * batch_size // 2
+        epochs = [rows[torch.randperm(len(rows), generator=generator)] for _ in range(-(-needed // len(rows)))]
+        halves.append(torch.cat(epochs)[:needed].view(steps, -1))
+    return torch.cat(halves, dim=1)
+
+
+def trajectory_logps(model, data, rows, lam):
+    """(logp_sum, logp_mean, future_logp_mean) of some rows, (B,) each; the head sees completion positions only."""
+    tokens, mask, start = data["tokens"][rows], data["mask"][rows], data["start"]
+    logits = model.head(model.hidden(tokens)[:, start:])  # (B, T - start, V)
+    tokens, mask = tokens[:, start:], mask[:, start:]
+    logp_sum, logp_mean = logp_sum_and_mean(token_logps(logits, tokens, mask), mask)
+    if lam == 0:
+        return logp_sum, logp_mean, logp_mean.detach()
+    future = future_logits(logits, data["ref_logits"][rows], lam)
+    return logp_sum, logp_mean, logp_sum_and_mean(token_logps(future, tokens, mask), mask)[1]
+
+
+@torch.no_grad()
+def monitor(model, data, rows, lam):
+    """Log-ratio and probability columns, means over the monitored correct and incorrect training rollouts."""
+    logp_sum, logp_mean, future_logp_mean = trajectory_logps(model, data, rows, lam)
+    values = {
+        "logratio": logp_sum - data["ref_logp_sum"][rows],
+        "pi": logp_mean.exp(),
+        "pihat": future_logp_mean.exp(),
+    }
+    groups = {"correct": data["reward"][rows] > 0, "incorrect": data["reward"][rows] < 0}
+    return {f"{name}_{g}": value[members].mean().item() for name, value in values.items() for g, members in groups.items()}
+
+
+def raise_if_not_finite(stats, order, problem_ids, first, folder):
+    """Look for a loss or gradient that is not finite among the steps since `first`, and name the first one's problems."""
+    bad = (~torch.isfinite(stats[first:, :2]).all(dim=1)).nonzero()
+    if len(bad):
+        step = first + bad[0].item()
+        ids = sorted({problem_ids[row] for row in order[step].tolist()})
+        raise NonFiniteError(
+            f"step {step + 1}: loss {stats[step, 0]:g}, gradient norm {stats[step, 1]:g}; problem ids of its batch: {ids}; "
+            f"the weights of step {first} are kept in {folder}"
+        )
+
+
+def offline_rl(args, settings, folder, base, data, problems):
+    """Train one policy on the fixed rollouts with one loss; writes config.json, log.csv, model.safetensors, samples.txt."""
+    loss_name, lam, target, seed = (settings[key] for key in ("loss", "lam", "target", "seed"))
+    model = GPT(CONFIG).to(args.device)
+    model.load_state_dict(base.state_dict())
+    optimizer = adamw(model, args.lr)
+    order = batch_order(data["reward"] > 0, args.steps, args.batch_size, seed).to(args.device)
+    monitored = batch_order(data["reward"] > 0, 1, 2 * MONITORED, seed)[0].unique().to(args.device)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "samples.txt").unlink(missing_ok=True)  # written last: its presence says that the run is finished
+    with replacing(folder / "config.json") as temporary:
+        environment = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        temporary.write_text(json.dumps({**settings, "environment": environment}, indent=2) + "\n")
+
+    # What a step measures stays on the device until the next evaluation: loss, grad_norm, below pi, below pihat, tokens.
+    stats = torch.zeros(args.steps, 5, device=args.device)
+    began, evaluating, logged = time.time(), 0.0, 0
+    bar = tqdm(total=args.steps, desc=folder.name, disable=None, leave=False)
+    with bar, open(folder / "log.csv", "w", newline="") as file:
+        log = csv.DictWriter(file, COLUMNS)
+        log.writeheader()
+        for step in range(args.steps + 1):
+            if step % args.eval_every == 0 or step == args.steps:
+                interval = stats[logged:step].cpu()  # waits for the device, so that `seconds` is the training's time
+                seconds = time.time() - began - evaluating
+                raise_if_not_finite(stats[:step].cpu(), order, data["problem_ids"], logged, folder)
+                accuracies, samples = evaluate(
+                    model, problems, EVAL_SAMPLES, args.eval_temperature, seeded(args.device, seed, "evaluation", step)
+                )
+                loss, grad_norm = interval[:, :2].mean(0).tolist()
+                below_pi, below_pihat, tokens = stats[:step, 2:].cpu().double().sum(0).long().tolist()
+                row = {"step": step, "loss": loss, "grad_norm": grad_norm, **accuracies}
+                row |= monitor(model, data, monitored, lam)
+                row |= {"below_0.2_pi": below_pi, "below_0.2_pihat": below_pihat, "seconds": seconds, "tokens": tokens}
+                log.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+                file.flush()
+                save_model(model, folder / "model.safetensors")
+                evaluating = time.time() - began - seconds
+                eta = (time.time() - began) * (args.steps / step - 1) if step else math.nan
+                tqdm.write(progress_line(row, args.steps, eta))
+                logged = step
+            if step == args.steps:
+                break
+
+            rows = order[step]
+            reward = data["reward"][rows]
+            _, logp_mean, future_logp_mean = trajectory_logps(model, data, rows, lam)
+            loss = LOSSES[loss_name](logp_mean, future_logp_mean, reward, target)[0].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+            below = [((reward < 0) & (logp.detach().exp() < 0.2)).sum() for logp in (logp_mean, future_logp_mean)]
+            stats[step] = torch.stack([loss.detach(), grad_norm, *below, data["mask"][rows].sum()])
+            bar.update()
+    with replacing(folder / "samples.txt") as temporary:
+        temporary.write_text(samples_text(samples))
+
+
+def progress_line(row, steps, eta):
+    eta = "--:--" if math.isnan(eta) else f"{int(eta) // 60:2d}:{int(eta) % 60:02d}"
+    loss = f"{row['loss']:+.4f}" if row["step"] else "   --  "
+    return (
+        f"step {row['step']:5d}/{steps}  loss {loss}  accuracy {row['accuracy']:.3f}  "
+        f"greedy {row['accuracy_greedy']:.3f}  log-ratio correct {row['logratio_correct']:+8.2f} "
+        f"incorrect {row['logratio_incorrect']:+8.2f}  ETA {eta}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the product of runs
+
+
+def run_settings(args):
+    """Settings of every run that the flags ask for, by folder name. off_rl has neither λ nor target, so it runs once a seed."""
+    runs = {}
+    for seed, loss, lam, target in itertools.product(args.seed, args.loss, args.lam, args.target):
+        _, settings = stage_settings(args, seed)
+        for key in ("steps", "lr", "batch_size", "eval_every", "eval_temperature"):
+            settings[key] = getattr(args, key)
+        settings |= (
+            {"loss": loss, "lam": lam, "target": target} if loss == "fpa" else {"loss": loss, "lam": 0.0, "target": None}
+        )
+        name = f"fpa-lam{lam:g}-{target}" if loss == "fpa" else loss
+        runs[f"{name}-seed{seed}-{digest(settings)}"] = settings
+    return runs
+
+
+def prepare(args, seed):
+    """The stages before offline RL, from the caches where they are: base model, training data, test problems."""
+    train_problems, test_problems = draw_splits(args, seed)
+    base_settings, rollout_settings = stage_settings(args, seed)
+    cache, base_key, rollout_key = args.out / "cache", digest(base_settings), digest(rollout_settings)
+    base = base_model(args, seed, cache / f"base-{base_key}.safetensors")
+    rows = rollouts(args, seed, base, train_problems, cache / f"rollouts-{rollout_key}.jsonl")
+    if len({row["label"] for row in rows}) < 2:
+        missing = "incorrect" if rows[0]["label"] else "correct"
+        raise UserError(f"none of the {len(rows)} rollouts is {missing}: change --slip, --base-steps, --prompts or --rollouts")
+    tokens, mask = (x.to(args.device) for x in pack(rows))
+    start = mask[0].int().argmax().item() - 1  # the last prompt token predicts the first completion token
+    ref_logits = reference_logits(args, base, tokens, start, cache / f"reference-{rollout_key}.safetensors")
+    data = {
+        "tokens": tokens,
+        "mask": mask,
+        "start": start,
+        "ref_logits": ref_logits,
+        "ref_logp_sum": token_logps(ref_logits, tokens[:, start:], mask[:, start:]).sum(-1),
+        "reward": torch.tensor([1.0 if row["label"] else -1.0 for row in rows], device=args.device),
+        "problem_ids": [row["problem_id"] for row in rows],
+    }
+    return base, data, test_problems
+
+
+def main(args):
+    runs = run_settings(args)
+    finished = [name for name in runs if (args.out / name / "samples.txt").exists() and not args.force]
+    for name in finished:
+        print(f"already finished: {args.out / name}   (--force runs it anew)")
+    for seed in args.seed:
+        todo = {name: settings for name, settings in runs.items() if settings["seed"] == seed and name not in finished}
+        if not todo:
+            continue
+        base, data, problems = prepare(args, seed)
+        for name, settings in todo.items():
+            print(f"\noffline RL    {args.out / name}")
+            offline_rl(args, settings, args.out / name, base, data, problems)
+            print((args.out / name / "samples.txt").read_text())
+    groups = plots.read_runs([args.out / name for name in runs])
+    print(plots.summary(groups))
+    plots.draw_figures(groups, args.out / "figures")
+
+
+def run(argv=None):
+    """The command: parse, train, and turn what goes wrong into one line and an exit code."""
+    args = parse_args(argv)
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        kept = f"finished stages and runs, and the weights and log of the last evaluation, are kept in {args.out}"
+        print(f"interrupted: {kept}; the same command reuses what is finished", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, NonFiniteError, OSError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(3 if isinstance(error, NonFiniteError) else 2)
+
+
+if __name__ == "__main__":
+    run()
