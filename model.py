@@ -61,7 +61,7 @@ def rotate(x, rope):
     """Rotary position embedding of x (B, heads, T, head_dim); dimension i turns together with i + head_dim/2."""
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)  # the table is fp32, x may be bf16
 
 
 class Attention(nn.Module):
@@ -76,6 +76,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None, start=0):
         B, T, D = x.shape
+        assert T == 1 or start == 0, "a cache takes the prompt at once, then one token at a time: see is_causal below"
         q, k, v = (
             proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, H or K, T, head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -84,7 +85,6 @@ class Attention(nn.Module):
         if cache is not None:
             cache[:, :, :, start : start + T] = torch.stack([k, v])
             k, v = cache[:, :, :, : start + T]
-        # A single query is the newest position and may see everything; more of them only ever start at position 0.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 

@@ -10,8 +10,10 @@ Several seeds become their mean and a band, its 95 % confidence interval (Studen
 
 import argparse
 import csv
+import hashlib
 import json
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -19,9 +21,11 @@ import matplotlib
 matplotlib.use("Agg")  # no window, so that it draws on a server too
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 
 METHOD = ("loss", "lam", "target")
-PI_BAR, PI_HAT = r"$\bar{\pi}$", r"$\hat{\pi}$"
+PI, PIHAT = r"$\bar{\pi}$", r"$\hat{\bar{\pi}}$"  # trajectory probability under the present and under the future policy
+CORRECTNESS = {"correct": "-", "incorrect": "--"}  # line styles
 # Okabe and Ito's palette, safe for colour-blind readers
 COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 T_QUANTILE = [np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 %, by degrees of freedom
@@ -34,8 +38,10 @@ def read_run(folder):
             raise ValueError(f"{name} is missing")
     try:
         config = json.loads((folder / "config.json").read_text())
-        with open(folder / "log.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
+        text = (folder / "log.csv").read_text()
+        rows = list(csv.DictReader(text.splitlines()))
+        if not text.endswith("\n"):
+            raise ValueError("its last line is torn")
         log = {column: np.array([float(row[column]) for row in rows]) for column in rows[0]}
         last, steps = int(log["step"][-1]), config["steps"]
     except (ValueError, TypeError, KeyError, IndexError) as error:
@@ -51,27 +57,27 @@ def run_folders(root):
 
 def read_runs(folders):
     """{setting: {method: [(config, log) of each seed]}}; names on stderr what it leaves out."""
-    groups = {}
+    runs = {}
     for folder in folders:
         try:
             config, log = read_run(folder)
+            setting = json.dumps({k: v for k, v in config.items() if k not in (*METHOD, "seed", "environment")}, sort_keys=True)
+            key = setting, tuple(config[name] for name in METHOD), config["seed"]
+            if key in runs:
+                raise ValueError("another folder holds a run of the same settings and seed")
+            runs[key] = config, log
         except ValueError as error:
             print(f"plots.py: left out {folder}: {error}", file=sys.stderr)
-            continue
-        method = tuple(config[key] for key in METHOD)
-        setting = json.dumps({k: v for k, v in config.items() if k not in (*METHOD, "seed", "environment")}, sort_keys=True)
-        groups.setdefault(setting, {}).setdefault(method, []).append((config, log))
-    ordered = sorted(groups.items(), key=lambda item: json.loads(item[0])["steps"])
-    return {
-        setting: {method: sorted(runs, key=lambda run: run[0]["seed"]) for method, runs in sorted(methods.items(), key=rank)}
-        for setting, methods in ordered
-    }
+    groups = {}
+    for (setting, method, _), run in sorted(runs.items(), key=order):
+        groups.setdefault(setting, {}).setdefault(method, []).append(run)
+    return groups
 
 
-def rank(item):
-    """Off-RL first, then the losses by name and λ."""
-    (loss, lam, target), _ = item
-    return loss != "off_rl", loss, lam, target or ""
+def order(item):
+    """Short settings first; within one, Off-RL, then the others by name and λ; then by seed."""
+    (setting, (loss, lam, target), seed), (config, _) = item
+    return config["steps"], setting, loss != "off_rl", loss, lam, target or "", seed
 
 
 def label(method):
@@ -86,24 +92,24 @@ def mean_and_interval(values):
     values = np.asarray(values, dtype=float)
     freedom = len(values) - 1
     t = T_QUANTILE[freedom] if freedom < len(T_QUANTILE) else 1.96 + 2.5 / freedom  # the latter within 1 %
-    with np.errstate(invalid="ignore", divide="ignore"):
-        spread = values.std(axis=0, ddof=1) if freedom else np.full(values.shape[1:], np.nan)
+    spread = values.std(axis=0, ddof=1) if freedom else np.full(values.shape[1:], np.nan)
     return values.mean(axis=0), t * spread / np.sqrt(len(values))
 
 
 def summary(groups):
-    """Accuracy at the start, at its peak and at the end of every run, then mean and 95 % interval over seeds, as text."""
+    """Accuracy at the start, the best and the last evaluation of every run, and its mean and 95 % interval, as text."""
     lines = []
     for setting, methods in groups.items():
-        lines.append(describe(setting))
-        lines.append(f"{'':24}{'seed':>8}{'start':>16}{'peak':>16}{'final':>16}{'final greedy':>16}")
+        heads = ("start", "best", "final", "greedy start", "greedy final")
+        lines += [describe(setting), f"{'':20}{'seed':>5}" + "".join(f"{head:>15}" for head in heads)]
         for method, runs in methods.items():
-            table = np.array([[a[0], a.max(), a[-1], log["accuracy_greedy"][-1]] for _, log in runs for a in [log["accuracy"]]])
+            columns = [(log["accuracy"], log["accuracy_greedy"]) for _, log in runs]
+            table = np.array([[a[0], a.max(), a[-1], greedy[0], greedy[-1]] for a, greedy in columns])
             for (config, _), values in zip(runs, table):
-                lines.append(f"{label(method):24}{config['seed']:>8}" + "".join(f"{v:>16.3f}" for v in values))
+                lines.append(f"{label(method):20}{config['seed']:>5}" + "".join(f"{v:>15.3f}" for v in values))
             if len(runs) > 1:
-                cells = "".join(f"{f'{m:.3f} ± {h:.3f}':>16}" for m, h in zip(*mean_and_interval(table)))
-                lines.append(f"{label(method):24}{'mean':>8}{cells}")
+                cells = "".join(f"{f'{m:.3f} ± {h:.3f}':>15}" for m, h in zip(*mean_and_interval(table)))
+                lines.append(f"{label(method):20}{'mean':>5}{cells}")
         lines.append("")
     return "\n".join(lines)
 
@@ -116,54 +122,53 @@ def describe(setting):
     )
 
 
-def draw(axis, runs, values, colour, style, name):
+def draw(axis, runs, values, colour, style="-"):
     """One curve: the mean over seeds of values(log), with its band."""
     steps = runs[0][1]["step"]
     mean, half = mean_and_interval([values(log) for _, log in runs])
-    axis.plot(steps, mean, color=colour, linestyle=style, label=name, linewidth=1.8)
+    axis.plot(steps, mean, color=colour, linestyle=style, linewidth=1.8)
     if len(runs) > 1:
         axis.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
 
 
-def by_correctness(axis, runs, column, colour, name):
-    for kind, style in (("correct", "-"), ("incorrect", "--")):
-        draw(axis, runs, lambda log: log[f"{column}_{kind}"], colour, style, f"{name}: {kind}")
-
-
 def panel_accuracy(axis, methods):
-    for colour, (method, runs) in zip(COLOURS, methods.items()):
-        draw(axis, runs, lambda log: log["accuracy"], colour, "-", label(method))
+    for colour, runs in zip(cycle(COLOURS), methods.values()):
+        draw(axis, runs, lambda log: log["accuracy"], colour)
         axis.axhline(np.mean([log["accuracy"][0] for _, log in runs]), color="0.6", linewidth=0.8, zorder=0)
     axis.set(title="Accuracy on test problems", ylabel="pass@1", ylim=(0, 1))
 
 
 def panel_logratios(axis, methods):
-    for colour, (method, runs) in zip(COLOURS, methods.items()):
-        by_correctness(axis, runs, "logratio", colour, label(method))
+    for colour, runs in zip(cycle(COLOURS), methods.values()):
+        for kind, style in CORRECTNESS.items():
+            draw(axis, runs, lambda log: log[f"logratio_{kind}"], colour, style)
     axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    axis.set(title="Log-ratio of training trajectories", ylabel=r"$\log\pi_\theta(y|x)-\log\pi_{ref}(y|x)$  [nats]")
+    axis.set(title="Log-ratio of training trajectories", ylabel=r"$\log\,\pi_\theta(y|x)-\log\,\pi_{ref}(y|x)$  [nats]")
     axis.set_yscale("symlog", linthresh=1)  # so that -0.5 and -50 can both be read
     axis.yaxis.set_major_formatter("{x:g}")
 
 
 def panel_coefficient(axis, methods):
-    for colour, (method, runs) in zip(COLOURS, methods.items()):
-        by_correctness(axis, runs, "pihat", colour, f"{label(method)}, {PI_BAR if method[0] == 'off_rl' else PI_HAT}")
-    axis.set(title="Probability that weights the gradient", ylabel="mean trajectory probability", ylim=(0, 1))
+    for colour, ((_, _, target), runs) in zip(cycle(COLOURS), methods.items()):
+        for kind, style in CORRECTNESS.items():
+            policy = "pihat" if target in ("both", kind) else "pi"  # Off-RL's target is None
+            draw(axis, runs, lambda log: log[f"{policy}_{kind}"], colour, style)
+    axis.set(title="Probability that weights the gradient", ylabel=f"{PI} (Off-RL), {PIHAT} (FPA)", ylim=(0, 1))
 
 
 def panel_ratio(axis, methods):
-    for colour, (method, runs) in zip(COLOURS, methods.items()):
-        draw(axis, runs, lambda log: log["pihat_incorrect"] / log["pi_incorrect"], colour, "-", label(method))
-    axis.set(title="Brake on incorrect trajectories", ylabel=f"mean {PI_HAT} / mean {PI_BAR}", ylim=(0, 1.1))
+    for colour, runs in zip(cycle(COLOURS), methods.values()):
+        draw(axis, runs, lambda log: log["pihat_incorrect"] / log["pi_incorrect"], colour, CORRECTNESS["incorrect"])
+    axis.set(title="Brake on incorrect trajectories", ylabel=f"mean {PIHAT} / mean {PI}", ylim=(0, 1.1))
 
 
 def panel_below(axis, methods):
-    for colour, (method, runs) in zip(COLOURS, methods.items()):
-        draw(axis, runs, lambda log: log["below_0.2_pi"] / 1000, colour, "-", f"{label(method)}: {PI_BAR}")
+    for colour, (method, runs) in zip(cycle(COLOURS), methods.items()):
+        draw(axis, runs, lambda log: log["below_0.2_pi"] / 1000, colour, "-")
         if method[0] != "off_rl":
-            draw(axis, runs, lambda log: log["below_0.2_pihat"] / 1000, colour, "--", f"{label(method)}: {PI_HAT}")
+            draw(axis, runs, lambda log: log["below_0.2_pihat"] / 1000, colour, ":")
     axis.set(title="Incorrect training rows below 0.2", ylabel="running count [thousands]")
+    axis.legend(handles=[Line2D([], [], color="0.3", linestyle=s, label=n) for n, s in ((PI, "-"), (PIHAT, ":"))], fontsize=10)
 
 
 FIGURES = {
@@ -172,23 +177,34 @@ FIGURES = {
 }
 
 
+def fingerprint(methods):
+    """Of the logs behind a figure; stored in the PNG, so that a test can tell whether a committed figure is theirs."""
+    rows = [
+        (config, {name: column.tolist() for name, column in log.items()}) for runs in methods.values() for config, log in runs
+    ]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
 def draw_figures(groups, to):
     """Draw every figure from what `read_runs` gave into the folder `to`; prints what was drawn from what."""
     groups = list(groups.items())
     to.mkdir(parents=True, exist_ok=True)
     for name, (which, (height, width), panels) in FIGURES.items():
         setting, methods = groups[which]
-        figure, axes = plt.subplots(height, width, figsize=(4.6 * width, 3.6 * height), layout="constrained")
+        figure, axes = plt.subplots(height, width, figsize=(10, 3.4 * height), layout="constrained")
         for axis, panel in zip(axes.flat, panels):
             panel(axis, methods)
+            axis.title.set_fontsize(11)
             axis.set_xlabel("training step")
             axis.locator_params(axis="x", nbins=5)
-            axis.legend(fontsize=9, framealpha=0.7)
             axis.spines[["top", "right"]].set_visible(False)
         seeds = sorted({len(runs) for runs in methods.values()})
         counted = f"{'–'.join(map(str, seeds))} seed{'s: mean and 95 % interval' if seeds[-1] > 1 else ''}"
+        colours = [Line2D([], [], color=c, label=label(m)) for c, m in zip(cycle(COLOURS), methods)]
+        styles = [Line2D([], [], color="0.3", linestyle=s, label=f"{kind} trajectories") for kind, s in CORRECTNESS.items()]
+        figure.legend(handles=colours + styles, loc="outside lower center", ncols=4)
         figure.suptitle(f"{describe(setting)}\n{counted}", fontsize=10)
-        figure.savefig(to / name, dpi=110)
+        figure.savefig(to / name, dpi=110, metadata={"Description": fingerprint(methods)})
         plt.close(figure)
         print(f"figure        {to / name}   ({counted}; {describe(setting)})")
 
@@ -208,7 +224,10 @@ def run(argv=None):
     if not groups:
         parser.error(f"no finished run below {args.runs}")
     print(summary(groups))
-    draw_figures(groups, args.to)
+    try:
+        draw_figures(groups, args.to)
+    except OSError as error:
+        parser.error(f"argument --to: {error}")
 
 
 if __name__ == "__main__":

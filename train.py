@@ -55,30 +55,19 @@ class NonFiniteError(Exception):
     """The loss or the gradient is no longer a number; shown as one line, exit code 3."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
+# --- command line
 
 
-def whole(minimum):
-    def parse(text):
-        if not text.lstrip("-").isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, not {text!r}")
-        return int(text)
+def checked(kind, accepts, described):
+    """An argparse type: int or float, finite and within its range, or a message that says what it must be."""
 
-    return parse
-
-
-def number(minimum, maximum=math.inf, above=False):
     def parse(text):
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and minimum <= value <= maximum) or (above and value == minimum):
-            bounds = f"{'above' if above else 'at least'} {minimum:g}" + (
-                f", at most {maximum:g}" if maximum < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"must be a finite number {bounds}, not {text!r}")
+        if not math.isfinite(value) or not accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {described}, not {text!r}")
         return value
 
     return parse
@@ -91,47 +80,38 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
+    count = checked(int, lambda value: 1 <= value < 2**31, "a whole number of at least 1")
+    natural = checked(int, lambda value: 0 <= value < 2**31, "a whole number of at least 0 and below 2^31")
+    positive = checked(float, lambda value: value > 0, "a finite number above 0")
+    lam = checked(float, lambda value: value >= 0, "a finite number of at least 0")
+    share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
-    method = parser.add_argument_group("method")
-    method.add_argument("--loss", nargs="+", default=["off_rl", "fpa"], choices=LOSSES, help="loss of the offline RL stage")
-    method.add_argument(
-        "--lam", nargs="+", default=[2.0], type=number(0), metavar="λ", help="how far fpa extrapolates; off_rl has none"
-    )
-    method.add_argument(
-        "--target", nargs="+", default=["both"], choices=TARGETS, help="rows that fpa weights by the future policy"
-    )
-    method.add_argument(
-        "--seed", nargs="+", default=[0], type=whole(0), help="seed of the whole pipeline, base model and rollouts included"
-    )
+    add = parser.add_argument_group("method").add_argument
+    add("--loss", nargs="+", default=["off_rl", "fpa"], choices=LOSSES, help="loss of the offline RL stage")
+    add("--lam", nargs="+", default=[2.0], type=lam, metavar="X", help="how far fpa extrapolates (off_rl does not)")
+    add("--target", nargs="+", default=["both"], choices=TARGETS, help="rows that fpa weights by the future policy")
+    add("--seed", nargs="+", default=[0], type=natural, metavar="N", help="seed of the whole pipeline, base model included")
 
-    optimisation = parser.add_argument_group("offline RL")
-    optimisation.add_argument("--steps", default=1000, type=whole(1), help="optimizer steps")
-    optimisation.add_argument("--lr", default=2e-4, type=number(0, above=True), help="AdamW's learning rate")
-    optimisation.add_argument(
-        "--batch-size", default=64, type=whole(2), help="trajectories per step, half correct and half incorrect"
-    )
+    add = parser.add_argument_group("offline RL").add_argument
+    add("--steps", default=1000, type=count, metavar="N", help="optimizer steps")
+    add("--lr", default=2e-4, type=positive, metavar="X", help="AdamW's learning rate, constant")
+    add("--batch-size", default=64, type=count, metavar="N", help="trajectories a step, half correct and half incorrect")
 
-    task = parser.add_argument_group("task")
-    task.add_argument("--prompts", default=768, type=whole(1), help="training problems that are rolled out")
-    task.add_argument("--rollouts", default=8, type=whole(1), help="samples per training problem")
-    task.add_argument("--ops", default=6, type=whole(1), help="operations per problem")
-    task.add_argument(
-        "--slip", default=0.12, type=number(0, 1), help="probability that a step of the base model's corpus is wrong"
-    )
-    task.add_argument("--base-steps", default=3000, type=whole(1), help="training steps of the base model")
+    add = parser.add_argument_group("task").add_argument
+    add("--prompts", default=1024, type=count, metavar="N", help="training problems that are rolled out")
+    add("--rollouts", default=8, type=count, metavar="N", help="samples per training problem")
+    add("--ops", default=6, type=count, metavar="N", help="operations per problem")
+    add("--slip", default=0.12, type=share, metavar="X", help="probability that a step of the base model's corpus is wrong")
+    add("--base-steps", default=3000, type=count, metavar="N", help="training steps of the base model")
 
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--eval-every", default=50, type=whole(1), help="steps between evaluations")
-    evaluation.add_argument(
-        "--eval-temperature", default=1.0, type=number(0, above=True), help="sampling temperature of `accuracy`"
-    )
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", default=50, type=count, metavar="N", help="steps between evaluations")
+    add("--eval-temperature", default=1.0, type=positive, metavar="X", help="sampling temperature of the column `accuracy`")
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes a GPU where there is one"
-    )
-    machine.add_argument("--out", default="runs", type=Path, help="folder of the runs and of the cached stages")
-    machine.add_argument("--force", action="store_true", help="run anew what is already finished")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes a GPU where there is one")
+    add("--out", default="runs", type=Path, metavar="FOLDER", help="folder of the runs and of the cached stages")
+    add("--force", action="store_true", help="train finished runs anew; cached stages stay")
     args = parser.parse_args(argv)
 
     if args.batch_size % 2:
@@ -155,32 +135,32 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# files
+# --- files
 
 
-def digest(settings):
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+def digest(settings, *paths):
+    """Of settings and of the files' contents: the key of whatever they determine."""
+    contents = [json.dumps(settings, sort_keys=True).encode(), *(path.read_bytes() for path in paths)]
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:8]
 
 
 @contextlib.contextmanager
 def replacing(path):
     """A temporary name to write to, renamed to `path` once it is whole: no reader ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     yield temporary
     os.replace(temporary, path)
 
 
+def write_json(path, value):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
 def save_model(model, path):
     with replacing(path) as temporary:
-        save_file({name: weight.contiguous() for name, weight in model.state_dict().items()}, temporary)
-
-
-def load_model(path, device):
-    model = GPT(CONFIG)
-    model.load_state_dict(load_file(path))
-    return model.to(device)
+        save_file(model.state_dict(), temporary)
 
 
 def seeded(device, *parts):
@@ -192,30 +172,33 @@ def adamw(model, lr):
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# stages before offline RL
+# --- stages before offline RL
 
 
 def stage_settings(args, seed):
-    """What determines the base model, and what determines the rollouts: the keys of the two caches."""
+    """What determines the base model, and what determines its rollouts."""
     base = {
         "format": FORMAT,
+        "seed": seed,
         "model": asdict(CONFIG),
         "ops": args.ops,
         "slip": args.slip,
         "base_steps": args.base_steps,
-        "seed": seed,
+        "base_batch_size": BASE_BATCH,
+        "base_lr": BASE_LR,
+        "base_warmup": BASE_WARMUP,
     }
     return base, {**base, "prompts": args.prompts, "rollouts": args.rollouts}
 
 
 def base_model(args, seed, path):
     """A GPT that has learned the slipping corpus: each trace is new, and only its completion is predicted."""
-    if path.exists():
-        print(f"base model    cached       {path}")
-        return load_model(path, args.device)
     torch.manual_seed(seed)
     model = GPT(CONFIG).to(args.device)
+    if path.exists():
+        print(f"base model    cached       {path}")
+        model.load_state_dict(load_file(path))
+        return model
     rows = corpus_rows(args.base_steps * BASE_BATCH, args.ops, args.slip, random.Random(f"{seed}/corpus"))
     tokens, mask = (x.to(args.device).split(BASE_BATCH) for x in pack(rows))
 
@@ -225,7 +208,7 @@ def base_model(args, seed, path):
         optimizer,
         lambda step: min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * step / args.base_steps)),
     )
-    began = time.time()
+    began, losses = time.time(), []
     for batch, batch_mask in tqdm(zip(tokens, mask), total=args.base_steps, desc="base model", disable=None, leave=False):
         loss = -token_logps(model(batch), batch, batch_mask).sum() / batch_mask.sum()
         optimizer.zero_grad()
@@ -233,8 +216,10 @@ def base_model(args, seed, path):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    if not torch.isfinite(loss):
-        raise NonFiniteError("the base model's loss is not finite at its last step")
+        losses.append(loss.detach())
+    bad = (~torch.isfinite(torch.stack(losses))).nonzero()
+    if len(bad):
+        raise NonFiniteError(f"base model, step {bad[0].item() + 1}: loss {losses[bad[0]].item():g}")
     save_model(model, path)
     print(f"base model    {time.time() - began:6.1f} s     {path}   last loss {loss.item():.3f} nats/token")
     return model
@@ -256,18 +241,14 @@ def rollouts(args, seed, model, problems, path):
     problems = [problem for problem in problems for _ in range(args.rollouts)]
     began = time.time()
     samples, generator = [], seeded(args.device, seed, "rollouts")
-    for chunk in tqdm(chunks(problems, 2048), desc="rollouts", disable=None, leave=False):
-        samples += sample(model, chunk, 1.0, generator)
+    for first in tqdm(range(0, len(problems), 2048), desc="rollouts", disable=None, leave=False):
+        samples += sample(model, problems[first : first + 2048], 1.0, generator)
     rows = rollout_rows(problems, samples)
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     share = sum(row["label"] for row in rows) / len(rows)
     print(f"rollouts      {time.time() - began:6.1f} s     {path}   {len(rows)} rollouts, {share:.1%} correct")
     return rows
-
-
-def chunks(items, size):
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 @torch.no_grad()
@@ -285,8 +266,7 @@ def reference_logits(args, model, tokens, start, path):
     return logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# offline RL
+# --- offline RL
 
 
 def batch_order(labels, steps, batch_size, seed):
@@ -347,17 +327,16 @@ def offline_rl(args, settings, folder, base, data, problems):
     monitored = batch_order(data["reward"] > 0, 1, 2 * MONITORED, seed)[0].unique().to(args.device)
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "samples.txt").unlink(missing_ok=True)  # written last: its presence says that the run is finished
-    with replacing(folder / "config.json") as temporary:
-        environment = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-        temporary.write_text(json.dumps({**settings, "environment": environment}, indent=2) + "\n")
+    (folder / "samples.txt").unlink(missing_ok=True)
+    environment = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    write_json(folder / "config.json", {**settings, "environment": environment})
 
     # What a step measures stays on the device until the next evaluation: loss, grad_norm, below pi, below pihat, tokens.
     stats = torch.zeros(args.steps, 5, device=args.device)
     began, evaluating, logged = time.time(), 0.0, 0
     bar = tqdm(total=args.steps, desc=folder.name, disable=None, leave=False)
     with bar, open(folder / "log.csv", "w", newline="") as file:
-        log = csv.DictWriter(file, COLUMNS)
+        log = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         log.writeheader()
         for step in range(args.steps + 1):
             if step % args.eval_every == 0 or step == args.steps:
@@ -408,8 +387,7 @@ def progress_line(row, steps, eta):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the product of runs
+# --- the product of runs
 
 
 def run_settings(args):
@@ -417,11 +395,9 @@ def run_settings(args):
     runs = {}
     for seed, loss, lam, target in itertools.product(args.seed, args.loss, args.lam, args.target):
         _, settings = stage_settings(args, seed)
-        for key in ("steps", "lr", "batch_size", "eval_every", "eval_temperature"):
-            settings[key] = getattr(args, key)
-        settings |= (
-            {"loss": loss, "lam": lam, "target": target} if loss == "fpa" else {"loss": loss, "lam": 0.0, "target": None}
-        )
+        settings |= {key: getattr(args, key) for key in ("steps", "lr", "batch_size", "eval_every", "eval_temperature")}
+        settings |= {"eval_problems": EVAL_PROBLEMS, "eval_samples": EVAL_SAMPLES, "monitored": MONITORED, "loss": loss}
+        settings |= {"lam": lam, "target": target} if loss == "fpa" else {"lam": 0.0, "target": None}
         name = f"fpa-lam{lam:g}-{target}" if loss == "fpa" else loss
         runs[f"{name}-seed{seed}-{digest(settings)}"] = settings
     return runs
@@ -430,16 +406,22 @@ def run_settings(args):
 def prepare(args, seed):
     """The stages before offline RL, from the caches where they are: base model, training data, test problems."""
     train_problems, test_problems = draw_splits(args, seed)
+    # A stage's key holds its settings and the files that it starts from, so that no stale file is ever taken up.
     base_settings, rollout_settings = stage_settings(args, seed)
-    cache, base_key, rollout_key = args.out / "cache", digest(base_settings), digest(rollout_settings)
-    base = base_model(args, seed, cache / f"base-{base_key}.safetensors")
-    rows = rollouts(args, seed, base, train_problems, cache / f"rollouts-{rollout_key}.jsonl")
+    cache = args.out / "cache"
+    base_path = cache / f"base-{digest(base_settings)}.safetensors"
+    base = base_model(args, seed, base_path)
+    rollouts_path = cache / f"rollouts-{digest(rollout_settings, base_path)}.jsonl"
+    rows = rollouts(args, seed, base, train_problems, rollouts_path)
+    write_json(base_path.with_suffix(".json"), base_settings)
+    write_json(rollouts_path.with_suffix(".json"), rollout_settings)
     if len({row["label"] for row in rows}) < 2:
         missing = "incorrect" if rows[0]["label"] else "correct"
         raise UserError(f"none of the {len(rows)} rollouts is {missing}: change --slip, --base-steps, --prompts or --rollouts")
     tokens, mask = (x.to(args.device) for x in pack(rows))
-    start = mask[0].int().argmax().item() - 1  # the last prompt token predicts the first completion token
-    ref_logits = reference_logits(args, base, tokens, start, cache / f"reference-{rollout_key}.safetensors")
+    start = len(rows[0]["prompt"])  # after BOS, the last prompt token: it predicts the first completion token
+    reference_path = cache / f"reference-{digest(rollout_settings, base_path, rollouts_path)}.safetensors"
+    ref_logits = reference_logits(args, base, tokens, start, reference_path)
     data = {
         "tokens": tokens,
         "mask": mask,
@@ -452,12 +434,22 @@ def prepare(args, seed):
     return base, data, test_problems
 
 
+def is_finished(folder):
+    try:
+        plots.read_run(folder)
+    except ValueError:
+        return False
+    return (folder / "samples.txt").exists()  # written last
+
+
 def main(args):
+    began = time.time()
+    args.out.mkdir(parents=True, exist_ok=True)
     runs = run_settings(args)
-    finished = [name for name in runs if (args.out / name / "samples.txt").exists() and not args.force]
+    finished = [name for name in runs if is_finished(args.out / name) and not args.force]
     for name in finished:
         print(f"already finished: {args.out / name}   (--force runs it anew)")
-    for seed in args.seed:
+    for seed in dict.fromkeys(args.seed):
         todo = {name: settings for name, settings in runs.items() if settings["seed"] == seed and name not in finished}
         if not todo:
             continue
@@ -469,6 +461,7 @@ def main(args):
     groups = plots.read_runs([args.out / name for name in runs])
     print(plots.summary(groups))
     plots.draw_figures(groups, args.out / "figures")
+    print(f"finished in   {int(time.time() - began) // 60} min {int(time.time() - began) % 60} s")
 
 
 def run(argv=None):
@@ -486,4 +479,5 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
     run()

@@ -34,6 +34,59 @@ def test_future_tokens_and_padding_change_nothing(options):
     torch.testing.assert_close(token_logps(a, tokens, mask), token_logps(b, changed, mask))
 
 
+def plain_forward(model, tokens):
+    """One sequence (T,) -> logits (T, V), by the published formulas, a head and a position at a time."""
+    c, weights = model.config, model.state_dict()
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * weights[name + ".weight"]
+
+    def project(x, name):
+        return x @ weights[name + ".weight"].T + weights.get(name + ".bias", 0)
+
+    def turn(vectors):  # dimensions i and i + half are one complex number, rotated by position x theta^(-i / half)
+        half = c.head_dim // 2
+        angles = torch.arange(len(vectors))[:, None] * c.rope_theta ** (-torch.arange(half) / half)
+        turned = torch.complex(vectors[:, :half], vectors[:, half:]) * torch.polar(torch.ones(()), angles)
+        return torch.cat([turned.real, turned.imag], dim=-1)
+
+    x = weights["embed_tokens.weight"][tokens]
+    for i in range(c.n_layers):
+        layer = f"layers.{i}."
+        y = norm(x, layer + "input_layernorm")
+        q, k, v = (project(y, f"{layer}self_attn.{name}_proj").split(c.head_dim, dim=-1) for name in "qkv")
+        heads = []
+        for h in range(c.n_heads):
+            group = h // (c.n_heads // c.n_kv_heads)  # neighbouring query heads share a key/value head
+            scores = turn(q[h]) @ turn(k[group]).T / c.head_dim**0.5
+            future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            heads.append(scores.masked_fill(future, -torch.inf).softmax(-1) @ v[group])
+        x = x + project(torch.cat(heads, dim=-1), layer + "self_attn.o_proj")
+        y = norm(x, layer + "post_attention_layernorm")
+        gate, up = project(y, layer + "mlp.gate_proj"), project(y, layer + "mlp.up_proj")
+        x = x + project(gate * gate.sigmoid() * up, layer + "mlp.down_proj")
+    return norm(x, "norm") @ weights["embed_tokens.weight" if c.tied_head else "lm_head.weight"].T
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_forward_is_the_plain_formulas(options):
+    model = make(**options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", "bias")):  # away from the ones and zeros they start at
+                parameter += 0.3 * torch.randn_like(parameter)
+        tokens = torch.randint(13, (2, 9))
+        expected = torch.stack([plain_forward(model, row) for row in tokens])
+        torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-5)  # the rotary table is fp32
+
+
+def test_bfloat16_runs():
+    model = make().bfloat16()
+    tokens = torch.randint(13, (2, 6))
+    assert torch.isfinite(model(tokens)).all()
+    assert model.generate(tokens, 3, eos=-1, pad=12).shape == (2, 3)
+
+
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_cached_decoding_equals_full_forward(options):
     model = make(**options)

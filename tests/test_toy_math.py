@@ -8,16 +8,25 @@ import sys
 import pytest
 import torch
 
-from toy_math.problems import Problem, apply, draw_problems, parse_prompt, slip_results, verify, write_trace
-from toy_math.rollouts import max_completion_tokens, overlap, pack, prompt_tokens, rollout_rows
+from toy_math.problems import Problem, apply, draw_problems, slip_results, verify, write_trace
+from toy_math.rollouts import (
+    corpus_rows,
+    evaluate,
+    max_completion_tokens,
+    overlap,
+    pack,
+    prompt_tokens,
+    rollout_rows,
+    samples_text,
+)
 from toy_math.tokenizer import ALPHABET, BOS, EOS, PAD, VOCAB_SIZE, decode, encode
 
-EXAMPLE = parse_prompt("47+8*3-5?")
+EXAMPLE = Problem(47, (("+", 8), ("*", 3), ("-", 5)))
 CLEAN = "47+8=55;55*3=65;65-5=60;#60"
 
 
 def test_the_documented_example():
-    assert EXAMPLE == Problem(47, (("+", 8), ("*", 3), ("-", 5))) and EXAMPLE.prompt == "47+8*3-5?"
+    assert EXAMPLE.prompt == "47+8*3-5?"
     assert write_trace(EXAMPLE) == (CLEAN, [])
 
 
@@ -84,12 +93,6 @@ def test_forgotten_carry():
 def test_verifier(completion, finished, correct, malformed, first_wrong_step):
     verdict = verify(EXAMPLE, completion, finished)
     assert (verdict.correct, verdict.malformed, verdict.first_wrong_step) == (correct, malformed, first_wrong_step)
-
-
-@pytest.mark.parametrize("text", ["", "47", "47+8", "47+1?", "4+8?", "47/8?", "47+8? ", "47+88?"])
-def test_bad_prompts_are_refused(text):
-    with pytest.raises(ValueError, match="not a problem"):
-        parse_prompt(text)
 
 
 def test_tokenizer_round_trip():
@@ -166,8 +169,46 @@ def test_overlap_by_hand():
     }
 
 
+def test_corpus_is_of_training_problems_and_keeps_its_slips():
+    rows = corpus_rows(300, 6, 0.12, random.Random(0))
+    test_prompts = {problem.prompt for problem in draw_problems(280, 1, "test", random.Random(0))}
+    assert len(rows) == 300 and not {row["prompt"] for row in corpus_rows(2000, 1, 0.1, random.Random(0))} & test_prompts
+    assert 0.3 < sum(not row["slips"] for row in rows) / 300 < 0.65  # 0.88^6 = 0.46
+    for row in rows:
+        if row["slips"]:
+            assert row["slips"][0].kind in slip_results("+", 47, 8) | slip_results("+", 41, 8)
+
+
+class Guesser:
+    """Stands in for a policy: at temperature 0 the clean trace, else a trace that is clean half of the time."""
+
+    def generate(self, prompts, max_new_tokens, eos, pad, temperature, generator):
+        completions = []
+        for row in prompts.tolist():
+            text, _ = decode(row[1:])
+            problem = Problem(int(text[:2]), tuple((text[i], int(text[i + 1])) for i in range(2, len(text) - 1, 2)))
+            clean = write_trace(problem)[0]
+            heads = temperature == 0 or torch.rand((), generator=generator) < 0.5
+            completions.append(encode(clean if heads else clean[:-1]) + [eos] + [pad] * (not heads))
+        return torch.tensor(completions)
+
+
+def test_evaluation_counts_what_the_verifier_says():
+    problems = draw_problems(100, 2, "test", random.Random(0))
+    metrics, samples = evaluate(Guesser(), problems, 8, 1.0, torch.Generator().manual_seed(0))
+    assert metrics["accuracy_greedy"] == 1 and abs(metrics["accuracy"] - 0.5) < 0.1
+    assert metrics["malformed"] == pytest.approx(1 - metrics["accuracy"]) and len(samples) == 800
+    lines = samples_text(samples).splitlines()
+    assert [line.split()[0] for line in lines] == ["right"] * 5 + ["wrong"] * 5
+    assert len({line.split()[1] for line in lines[:5]}) == len({line.split()[1] for line in lines[5:]}) == 5
+    assert all("malformed   first wrong step: 3" in line for line in lines[5:])
+
+
 def test_toy_math_command(tmp_path):
     run = subprocess.run([sys.executable, "-m", "toy_math"], capture_output=True, text=True, check=True)
     assert "clean " in run.stdout and "slipped" in run.stdout and "same position" in run.stdout
     missing = subprocess.run([sys.executable, "-m", "toy_math", str(tmp_path / "none.jsonl")], capture_output=True, text=True)
     assert missing.returncode == 2 and "none.jsonl" in missing.stderr and missing.stderr.count("\n") == 1
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "47+8?"}\n')
+    bad = subprocess.run([sys.executable, "-m", "toy_math", str(tmp_path / "bad.jsonl")], capture_output=True, text=True)
+    assert bad.returncode == 2 and "bad.jsonl: not a file of rollouts" in bad.stderr and bad.stderr.count("\n") == 1

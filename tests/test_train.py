@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -115,6 +116,96 @@ def test_the_whole_pipeline_repeats_with_its_seed(finished, tmp_path):
     assert without_seconds(folders(tmp_path, "fpa")[0]) == without_seconds(folders(finished[0], "fpa")[0])
 
 
+def test_training_moves_the_way_the_reward_says(finished):
+    for folder in folders(finished[0]):
+        last = read_log(folder)[-1]
+        assert float(last["logratio_correct"]) > float(last["logratio_incorrect"]) and float(last["logratio_incorrect"]) < 0
+
+
+def run_with_cache(finished, tmp_path, *words):
+    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+    train.run([*TINY, *words, "--out", str(tmp_path)])
+    return folders(tmp_path)
+
+
+def test_lambda_zero_and_targets_in_the_real_loop(finished, tmp_path):
+    words = ["--loss", "fpa", "--lam", "0", "8", "--target", "both", "correct", "incorrect"]
+    logs = {f.name.rsplit("-", 2)[0]: without_seconds(f) for f in run_with_cache(finished, tmp_path, *words)}
+    off_rl = without_seconds(folders(finished[0], "off_rl")[0])
+    for target in ("both", "correct", "incorrect"):
+        for row, expected in zip(logs[f"fpa-lam0-{target}"], off_rl):
+            for column in set(train.COLUMNS) - {"seconds", "loss"}:  # fpa's loss is a surrogate
+                assert float(row[column]) == pytest.approx(float(expected[column]), rel=1e-3, abs=1e-5, nan_ok=True)
+    ends = [logs[f"fpa-lam8-{target}"][-1]["logratio_incorrect"] for target in ("both", "correct", "incorrect")]
+    assert len(set(ends)) == 3
+
+
+def test_evaluation_temperature_is_used(finished, tmp_path):
+    (cold,) = run_with_cache(finished, tmp_path, "--loss", "off_rl", "--eval-temperature", "0.001")
+    warm = read_log(folders(finished[0], "off_rl")[0])
+    assert [row["accuracy_greedy"] for row in read_log(cold)] == [row["accuracy_greedy"] for row in warm]
+    for row, other in zip(read_log(cold), warm):
+        assert float(row["accuracy"]) == pytest.approx(float(row["accuracy_greedy"]), abs=0.02)
+        assert row["accuracy"] != other["accuracy"]
+
+
+def test_trajectory_logps_are_those_of_the_whole_sequence():
+    torch.manual_seed(0)
+    model, reference = train.GPT(train.CONFIG), train.GPT(train.CONFIG)
+    tokens, mask = train.pack(train.corpus_rows(6, 3, 0.5, random.Random(0)))
+    start = mask[0].int().argmax().item() - 1
+    with torch.no_grad():
+        ref_logits = reference(tokens)
+        data = {"tokens": tokens, "mask": mask, "start": start, "ref_logits": ref_logits[:, start:]}
+        rows = torch.tensor([4, 1, 2])
+        for lam in (0, 2):
+            logits = model(tokens)
+            expected = train.logp_sum_and_mean(train.token_logps(logits, tokens, mask), mask)
+            future = train.token_logps((1 + lam) * logits - lam * ref_logits, tokens, mask)
+            expected = *expected, train.logp_sum_and_mean(future, mask)[1]
+            for value, whole in zip(train.trajectory_logps(model, data, rows, lam), expected):
+                torch.testing.assert_close(value, whole[rows], rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_is_clipped_and_below_is_counted(finished, tmp_path, monkeypatch):
+    seen = []
+
+    def recording(logp_mean, future_logp_mean, reward, target):
+        seen.append((logp_mean.detach().exp(), future_logp_mean.exp(), reward))
+        return -1e6 * reward * logp_mean, None
+
+    monkeypatch.setitem(train.LOSSES, "fpa", recording)
+    clipped = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, limit: clipped.append(limit) or clip(p, limit))
+    (folder,) = run_with_cache(finished, tmp_path, "--loss", "fpa", "--lr", "0.05")
+    last = read_log(folder)[-1]
+    for column, policy in (("below_0.2_pi", 0), ("below_0.2_pihat", 1)):
+        assert int(last[column]) == sum(((step[2] < 0) & (step[policy] < 0.2)).sum().item() for step in seen) > 0
+    assert clipped == [1.0] * 10 and float(last["grad_norm"]) > 1e3
+
+
+@pytest.mark.parametrize("flag", ["--ops 2", "--slip 0.2", "--base-steps 7", "--seed 1", "--prompts 9", "--rollouts 3"])
+def test_every_setting_of_a_stage_is_in_its_key(flag, tmp_path):
+    plain, changed = (train.parse_args(words + ["--out", str(tmp_path)]) for words in ([], flag.split()))
+    before, after = (train.stage_settings(args, args.seed[0]) for args in (plain, changed))
+    assert before[1] != after[1] and (before[0] != after[0]) == (flag.split()[0] not in ("--prompts", "--rollouts"))
+    path = tmp_path / "file"
+    path.write_text("one")
+    one = train.digest({}, path)
+    path.write_text("two")
+    assert train.digest({}, path) != one
+
+
+def test_a_stale_reference_is_never_taken_up(finished, tmp_path, capsys):
+    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    train.run(["--loss", "fpa", *TINY, "--out", str(tmp_path)])
+    assert "reference     cached" not in capsys.readouterr().out
+    assert float(read_log(folders(tmp_path)[0])[0]["logratio_correct"]) == pytest.approx(0, abs=1e-4)
+
+
 def test_several_values_run_their_product(tmp_path):
     args = train.parse_args("--loss off_rl fpa --lam 0.5 2 --target both incorrect --seed 0 1 --out".split() + [str(tmp_path)])
     runs = train.run_settings(args)
@@ -158,6 +249,7 @@ def test_batches_are_half_correct_and_walk_through_every_row():
         ("--lr 0", "--lr"),
         ("--lr inf", "--lr"),
         ("--seed -1", "--seed"),
+        ("--seed 99999999999999999999", "--seed"),
         ("--eval-temperature 0", "--eval-temperature"),
         ("--device tpu", "cpu"),
         ("--nonsense", "--nonsense"),
@@ -182,6 +274,9 @@ def test_an_output_folder_that_is_a_file(tmp_path, capsys):
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         code, error = refusal(train.run, [*TINY, "--out", out], capsys)
         assert code == 2 and error.count("\n") == 1 and str(tmp_path / "file") in error
+    if os.path.isdir("/proc"):  # where nobody, not even root, can make a folder
+        code, error = refusal(train.run, [*TINY, "--out", "/proc/runs"], capsys)
+        assert code == 2 and error.count("\n") == 1 and "/proc" in error
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -235,12 +330,8 @@ def test_plots_names_missing_and_half_written_logs(finished, tmp_path, capsys):
         shutil.copytree(folder, tmp_path / "runs" / folder.name)
     torn, whole = folders(tmp_path / "runs")
     text = (torn / "log.csv").read_text()
-    for damage, message in (
-        (text[:-20], "half-written"),
-        (text.split("10,")[0], "step 5 of 10"),
-        ("", "half-written"),
-        (None, "missing"),
-    ):
+    damages = [(text[:-3], "half-written"), (text[:-20], "half-written"), (text.split("\n10,")[0] + "\n", "step 5 of 10")]
+    for damage, message in [*damages, ("", "half-written"), (None, "missing")]:
         (torn / "log.csv").unlink(missing_ok=True)
         if damage is not None:
             (torn / "log.csv").write_text(damage)
@@ -252,6 +343,37 @@ def test_plots_names_missing_and_half_written_logs(finished, tmp_path, capsys):
     shutil.rmtree(whole)
     code, error = refusal(plots.run, [tmp_path / "runs"], capsys)
     assert code == 2 and "no finished run" in error
+
+
+def test_a_seed_counts_once(finished, tmp_path, capsys):
+    for copy in ("a", "b"):
+        shutil.copytree(folders(finished[0], "fpa")[0], tmp_path / copy)
+    (methods,) = plots.read_runs(plots.run_folders(tmp_path)).values()
+    assert len(methods["fpa", 2.0, "both"]) == 1 and f"left out {tmp_path / 'b'}" in capsys.readouterr().err
+
+
+def test_panels_draw_the_columns_they_name(finished):
+    def lines(panel, methods):
+        _, axis = plots.plt.subplots()
+        panel(axis, methods)
+        drawn = [(line.get_color(), line.get_linestyle(), list(line.get_ydata())) for line in axis.lines]
+        plots.plt.close("all")
+        return drawn
+
+    (methods,) = plots.read_runs(folders(finished[0])).values()
+    fpa = methods["fpa", 2.0, "both"]
+    log = fpa[0][1]
+    colour = plots.COLOURS[1]  # Off-RL takes the first
+    assert (colour, "-", log["accuracy"].tolist()) in lines(plots.panel_accuracy, methods)
+    for kind, style in plots.CORRECTNESS.items():
+        assert (colour, style, log[f"logratio_{kind}"].tolist()) in lines(plots.panel_logratios, methods)
+        for target in ("both", "correct", "incorrect"):  # rows outside the target are weighted by the present policy
+            column = f"{'pihat' if target in ('both', kind) else 'pi'}_{kind}"
+            expected = plots.COLOURS[0], style, log[column].tolist()
+            assert expected in lines(plots.panel_coefficient, {("fpa", 2.0, target): fpa})
+    ratio = (log["pihat_incorrect"] / log["pi_incorrect"]).tolist()
+    assert (colour, "--", ratio) in lines(plots.panel_ratio, methods)
+    assert (colour, ":", (log["below_0.2_pihat"] / 1000).tolist()) in lines(plots.panel_below, methods)
 
 
 def test_mean_and_interval_by_hand():

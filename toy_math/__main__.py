@@ -5,7 +5,6 @@ Without a file the solutions come from the slipping corpus itself, which is what
 """
 
 import argparse
-import json
 import random
 
 from .problems import draw_problems, verify, write_trace
@@ -24,8 +23,11 @@ problems = draw_problems(200, n_ops=6, split="train", rng=rng)
 if args.rollouts:
     try:
         rows, source = read_rows(args.rollouts), args.rollouts
-    except (OSError, json.JSONDecodeError) as error:
-        parser.error(f"{args.rollouts}: {error}")
+        overlap(rows)
+    except OSError as error:
+        parser.error(f"{args.rollouts}: {error.strerror}")
+    except (ValueError, KeyError, TypeError):
+        parser.error(f"{args.rollouts}: not a file of rollouts, a JSON object a line")
 else:
     problems_repeated = [problem for problem in problems for _ in range(8)]
     samples = [(text, True, verify(p, text)) for p in problems_repeated for text, _ in [write_trace(p, 0.12, rng)]]

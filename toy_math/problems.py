@@ -45,13 +45,6 @@ class Verdict:
     first_wrong_step: int | None  # 1 is the first step, n + 1 the final answer; None where the trace is the clean one
 
 
-def parse_prompt(prompt):
-    """`47+8*3?` -> Problem. Raises ValueError on any other text."""
-    if not re.fullmatch(r"\d\d([-+*][2-9])+\?", prompt):
-        raise ValueError(f"not a problem: {prompt!r} (expected something like '47+8*3-5?')")
-    return Problem(int(prompt[:2]), tuple((prompt[i], int(prompt[i + 1])) for i in range(2, len(prompt) - 1, 2)))
-
-
 def draw_problem(n_ops, rng):
     return Problem(rng.randrange(MODULUS), tuple((rng.choice("+-*"), rng.randint(2, 9)) for _ in range(n_ops)))
 

@@ -13,13 +13,13 @@ from .tokenizer import BOS, EOS, PAD, decode, encode
 
 
 def corpus_rows(count, n_ops, slip_rate, rng):
-    """Slipping solutions of training problems, for the base model to imitate: rows that `pack` takes."""
+    """Slipping solutions of training problems, to imitate: rows that `pack` takes, with their [Slip, ...]."""
     rows = []
     while len(rows) < count:
         problem = draw_problem(n_ops, rng)
         if problem.split == "train":
-            completion, _ = write_trace(problem, slip_rate, rng)
-            rows.append({"prompt": problem.prompt, "completion": completion, "finished": True})
+            completion, slips = write_trace(problem, slip_rate, rng)
+            rows.append({"prompt": problem.prompt, "completion": completion, "finished": True, "slips": slips})
     return rows
 
 
