@@ -4,7 +4,8 @@
 
 dynamics.png: accuracy, log-ratios, the probability that weights the gradient, and pi_hat/pi on incorrect trajectories.
 prolonged.png: log-ratios, accuracy, and how often pi and pi_hat fell below 0.2 on incorrect training rows.
-Where the runs have several settings, the first shows the one with the fewest steps and the second the one with the most.
+Where the runs have several settings, the first shows the one with the fewest steps, and the second the one with the most
+(and, of those, with the fewest prompts).
 Several seeds become their mean and a band, its 95 % confidence interval (Student's t).
 """
 
@@ -75,9 +76,9 @@ def read_runs(folders):
 
 
 def order(item):
-    """Short settings first; within one, Off-RL, then the others by name and λ; then by seed."""
+    """Settings with few steps first, then those with many prompts; Off-RL, then the others by name and λ; then by seed."""
     (setting, (loss, lam, target), seed), (config, _) = item
-    return config["steps"], setting, loss != "off_rl", loss, lam, target or "", seed
+    return config["steps"], -config["prompts"], setting, loss != "off_rl", loss, lam, target or "", seed
 
 
 def label(method):

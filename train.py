@@ -324,6 +324,7 @@ def offline_rl(args, settings, folder, base, data, problems):
     model.load_state_dict(base.state_dict())
     optimizer = adamw(model, args.lr)
     order = batch_order(data["reward"] > 0, args.steps, args.batch_size, seed).to(args.device)
+    # the first rows of the same order, so that they are fixed and among those trained on soonest
     monitored = batch_order(data["reward"] > 0, 1, 2 * MONITORED, seed)[0].unique().to(args.device)
 
     folder.mkdir(parents=True, exist_ok=True)
