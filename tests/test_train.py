@@ -167,6 +167,15 @@ def test_trajectory_logps_are_those_of_the_whole_sequence():
                 torch.testing.assert_close(value, whole[rows], rtol=1e-4, atol=1e-4)
 
 
+def test_training_data_start_at_the_first_completion_token(finished, tmp_path):
+    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+    base, data, _ = train.prepare(train.parse_args([*TINY, "--out", str(tmp_path)]), seed=0)
+    assert not data["mask"][:, : data["start"] + 1].any() and data["mask"][:, data["start"] + 1].all()
+    with torch.no_grad():
+        whole = train.token_logps(base(data["tokens"]), data["tokens"], data["mask"]).sum(-1)
+    torch.testing.assert_close(data["ref_logp_sum"], whole, rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_is_clipped_and_below_is_counted(finished, tmp_path, monkeypatch):
     seen = []
 
