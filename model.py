@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class GPTConfig:
+    """Everything that fixes the architecture. Raises ValueError where the widths do not divide."""
+
     vocab_size: int
     d_model: int = 64
     n_layers: int = 2
@@ -40,6 +42,8 @@ class GPTConfig:
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019). (..., D) -> (..., D)."""
+
     def __init__(self, config):
         super().__init__()
         self.eps = config.norm_eps
@@ -50,7 +54,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions, config):
-    """cos and sin of every position's rotation angles, (T, head_dim) each, the two halves alike."""
+    """cos and sin of every position's rotation angles, (T, head_dim) each, the two halves alike (Su et al. 2021)."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
     angles = positions[:, None] * config.rope_theta**-exponent  # (T, head_dim/2)
     angles = torch.cat([angles, angles], dim=-1)
@@ -65,6 +69,11 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
+    """Causal self-attention whose query heads share key/value heads in groups (Ainslie et al. 2023).
+
+    `cache` (2, B, K, capacity, head_dim), keys then values, is filled from position `start`, which x (B, T, D) begins at.
+    """
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -90,6 +99,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """Feed-forward layer with a SiLU gate (Shazeer 2020). (..., D) -> (..., D)."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
@@ -101,6 +112,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then feed-forward, each on a normalised copy of the residual stream (B, T, D) and added back to it."""
+
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config)
@@ -114,6 +127,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """The whole network: tokens (B, T) -> `hidden` (B, T, D) -> `head` -> logits (B, T, V)."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config

@@ -74,6 +74,7 @@ def checked(kind, accepts, described):
 
 
 def parse_args(argv=None):
+    """The flags, every one checked before anything is written; what is wrong with them ends the process with exit code 2."""
     parser = argparse.ArgumentParser(
         description="Offline RL on synthetic arithmetic: Off-RL against Future Policy Approximation (FPA).",
         epilog="--loss, --lam, --target and --seed take several values and then run their product.",
@@ -436,14 +437,16 @@ def prepare(args, seed):
 
 
 def is_finished(folder):
+    """Whether a run's config and log are whole and its samples, which are written last, are there."""
     try:
         plots.read_run(folder)
     except ValueError:
         return False
-    return (folder / "samples.txt").exists()  # written last
+    return (folder / "samples.txt").exists()
 
 
 def main(args):
+    """Every run that the flags ask for, seed by seed, then their summary and figures. Raises UserError, NonFiniteError."""
     began = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
     runs = run_settings(args)

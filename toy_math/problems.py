@@ -19,6 +19,8 @@ DERIVATION = re.compile(r"(\d\d[-+*]\d=\d\d;)+#(\d\d)")
 
 @dataclass(frozen=True)
 class Problem:
+    """A start value and the operations that follow, everything mod 100."""
+
     start: int  # 0..99
     ops: tuple[tuple[str, int], ...]  # (operator, digit 2..9), applied from left to right
 
@@ -46,6 +48,7 @@ class Verdict:
 
 
 def draw_problem(n_ops, rng):
+    """One problem of either split; rng is a random.Random."""
     return Problem(rng.randrange(MODULUS), tuple((rng.choice("+-*"), rng.randint(2, 9)) for _ in range(n_ops)))
 
 
@@ -64,6 +67,7 @@ def draw_problems(count, n_ops, split, rng):
 
 
 def apply(op, value, digit):
+    """The true result of one step, 0..99."""
     return {"+": value + digit, "-": value - digit, "*": value * digit}[op] % MODULUS
 
 

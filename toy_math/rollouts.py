@@ -59,6 +59,7 @@ def rollout_rows(problems, samples):
 
 
 def read_rows(path):
+    """A file of JSON lines -> [row]. Raises OSError, or ValueError where a line is not JSON."""
     with open(path) as file:
         return [json.loads(line) for line in file]
 
