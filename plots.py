@@ -123,6 +123,12 @@ def describe(setting):
     )
 
 
+def coloured(methods):
+    """(colour, method, runs) of every method; Off-RL's colour is its own, also where it is missing."""
+    others = cycle(COLOURS[1:])
+    return [(COLOURS[0] if method[0] == "off_rl" else next(others), method, runs) for method, runs in methods.items()]
+
+
 def draw(axis, runs, values, colour, style="-"):
     """One curve: the mean over seeds of values(log), with its band."""
     steps = runs[0][1]["step"]
@@ -133,14 +139,14 @@ def draw(axis, runs, values, colour, style="-"):
 
 
 def panel_accuracy(axis, methods):
-    for colour, runs in zip(cycle(COLOURS), methods.values()):
+    for colour, _, runs in coloured(methods):
         draw(axis, runs, lambda log: log["accuracy"], colour)
         axis.axhline(np.mean([log["accuracy"][0] for _, log in runs]), color="0.6", linewidth=0.8, zorder=0)
     axis.set(title="Accuracy on test problems", ylabel="pass@1", ylim=(0, 1))
 
 
 def panel_logratios(axis, methods):
-    for colour, runs in zip(cycle(COLOURS), methods.values()):
+    for colour, _, runs in coloured(methods):
         for kind, style in CORRECTNESS.items():
             draw(axis, runs, lambda log: log[f"logratio_{kind}"], colour, style)
     axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
@@ -150,7 +156,7 @@ def panel_logratios(axis, methods):
 
 
 def panel_coefficient(axis, methods):
-    for colour, ((_, _, target), runs) in zip(cycle(COLOURS), methods.items()):
+    for colour, (_, _, target), runs in coloured(methods):
         for kind, style in CORRECTNESS.items():
             policy = "pihat" if target in ("both", kind) else "pi"  # Off-RL's target is None
             draw(axis, runs, lambda log: log[f"{policy}_{kind}"], colour, style)
@@ -158,13 +164,13 @@ def panel_coefficient(axis, methods):
 
 
 def panel_ratio(axis, methods):
-    for colour, runs in zip(cycle(COLOURS), methods.values()):
+    for colour, _, runs in coloured(methods):
         draw(axis, runs, lambda log: log["pihat_incorrect"] / log["pi_incorrect"], colour, CORRECTNESS["incorrect"])
     axis.set(title="Brake on incorrect trajectories", ylabel=f"mean {PIHAT} / mean {PI}", ylim=(0, 1.1))
 
 
 def panel_below(axis, methods):
-    for colour, (method, runs) in zip(cycle(COLOURS), methods.items()):
+    for colour, method, runs in coloured(methods):
         draw(axis, runs, lambda log: log["below_0.2_pi"] / 1000, colour, "-")
         if method[0] != "off_rl":
             draw(axis, runs, lambda log: log["below_0.2_pihat"] / 1000, colour, ":")
@@ -201,7 +207,7 @@ def draw_figures(groups, to):
             axis.spines[["top", "right"]].set_visible(False)
         seeds = sorted({len(runs) for runs in methods.values()})
         counted = f"{'–'.join(map(str, seeds))} seed{'s: mean and 95 % interval' if seeds[-1] > 1 else ''}"
-        colours = [Line2D([], [], color=c, label=label(m)) for c, m in zip(cycle(COLOURS), methods)]
+        colours = [Line2D([], [], color=c, label=label(m)) for c, m, _ in coloured(methods)]
         styles = [Line2D([], [], color="0.3", linestyle=s, label=f"{kind} trajectories") for kind, s in CORRECTNESS.items()]
         figure.legend(handles=colours + styles, loc="outside lower center", ncols=4)
         figure.suptitle(f"{describe(setting)}\n{counted}", fontsize=10)

@@ -378,7 +378,7 @@ def test_panels_draw_the_columns_they_name(finished):
         assert (colour, style, log[f"logratio_{kind}"].tolist()) in lines(plots.panel_logratios, methods)
         for target in ("both", "correct", "incorrect"):  # rows outside the target are weighted by the present policy
             column = f"{'pihat' if target in ('both', kind) else 'pi'}_{kind}"
-            expected = plots.COLOURS[0], style, log[column].tolist()
+            expected = colour, style, log[column].tolist()
             assert expected in lines(plots.panel_coefficient, {("fpa", 2.0, target): fpa})
     ratio = (log["pihat_incorrect"] / log["pi_incorrect"]).tolist()
     assert (colour, "--", ratio) in lines(plots.panel_ratio, methods)
