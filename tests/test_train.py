@@ -369,6 +369,7 @@ def test_panels_draw_the_columns_they_name(finished):
         plots.plt.close("all")
         return drawn
 
+    assert "hat" in plots.PIHAT and "hat" not in plots.PI
     (methods,) = plots.read_runs(folders(finished[0])).values()
     fpa = methods["fpa", 2.0, "both"]
     log = fpa[0][1]
