@@ -69,10 +69,7 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    """Causal self-attention whose query heads share key/value heads in groups (Ainslie et al. 2023).
-
-    `cache` (2, B, K, capacity, head_dim), keys then values, is filled from position `start`, which x (B, T, D) begins at.
-    """
+    """Causal self-attention whose query heads share key/value heads in groups (Ainslie et al. 2023)."""
 
     def __init__(self, config):
         super().__init__()
@@ -84,6 +81,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(self, x, rope, cache=None, start=0):
+        """x (B, T, D) -> (B, T, D). A cache (2, B, K, capacity, head_dim), keys then values, is filled from position `start`,
+        which x begins at."""
         B, T, D = x.shape
         assert T == 1 or start == 0, "a cache takes the prompt at once, then one token at a time: see is_causal below"
         q, k, v = (

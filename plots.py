@@ -217,7 +217,7 @@ def draw_figures(groups, to):
 
 
 def run(argv=None):
-    """The command: draw the figures and print the summary; returns the exit code."""
+    """The command: print the summary and draw the figures, or one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

@@ -74,7 +74,7 @@ def checked(kind, accepts, described):
 
 
 def parse_args(argv=None):
-    """The flags, every one checked before anything is written; what is wrong with them ends the process with exit code 2."""
+    """The flags, every one checked before anything is written; a wrong one is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
         description="Offline RL on synthetic arithmetic: Off-RL against Future Policy Approximation (FPA).",
         epilog="--loss, --lam, --target and --seed take several values and then run their product.",
@@ -114,7 +114,12 @@ def parse_args(argv=None):
     add("--out", default="runs", type=Path, metavar="FOLDER", help="folder of the runs and of the cached stages")
     add("--force", action="store_true", help="train finished runs anew; cached stages stay")
     args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
 
+
+def check_args(parser, args):
+    """What no single flag shows: flags that do not go together, too few problems, the output folder; settles `--device auto`."""
     if args.batch_size % 2:
         parser.error(f"argument --batch-size: must be even, half correct and half incorrect, not {args.batch_size}")
     for flag in ("lam", "target"):
@@ -133,7 +138,6 @@ def parse_args(argv=None):
     existing = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         parser.error(f"argument --out: {existing} is not a folder that can be written to")
-    return args
 
 
 # --- files
@@ -342,14 +346,14 @@ def offline_rl(args, settings, folder, base, data, problems):
         log.writeheader()
         for step in range(args.steps + 1):
             if step % args.eval_every == 0 or step == args.steps:
-                interval = stats[logged:step].cpu()  # waits for the device, so that `seconds` is the training's time
+                measured = stats[:step].cpu()  # waits for the device, so that `seconds` is the training's time
                 seconds = time.time() - began - evaluating
-                raise_if_not_finite(stats[:step].cpu(), order, data["problem_ids"], logged, folder)
+                raise_if_not_finite(measured, order, data["problem_ids"], logged, folder)
                 accuracies, samples = evaluate(
                     model, problems, EVAL_SAMPLES, args.eval_temperature, seeded(args.device, seed, "evaluation", step)
                 )
-                loss, grad_norm = interval[:, :2].mean(0).tolist()
-                below_pi, below_pihat, tokens = stats[:step, 2:].cpu().double().sum(0).long().tolist()
+                loss, grad_norm = measured[logged:, :2].mean(0).tolist()
+                below_pi, below_pihat, tokens = measured[:, 2:].double().sum(0).long().tolist()
                 row = {"step": step, "loss": loss, "grad_norm": grad_norm, **accuracies}
                 row |= monitor(model, data, monitored, lam)
                 row |= {"below_0.2_pi": below_pi, "below_0.2_pihat": below_pihat, "seconds": seconds, "tokens": tokens}
@@ -465,7 +469,8 @@ def main(args):
     groups = plots.read_runs([args.out / name for name in runs])
     print(plots.summary(groups))
     plots.draw_figures(groups, args.out / "figures")
-    print(f"finished in   {int(time.time() - began) // 60} min {int(time.time() - began) % 60} s")
+    minutes, seconds = divmod(int(time.time() - began), 60)
+    print(f"finished in   {minutes} min {seconds} s")
 
 
 def run(argv=None):

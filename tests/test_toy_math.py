@@ -209,6 +209,7 @@ def test_toy_math_command(tmp_path):
     assert "clean " in run.stdout and "slipped" in run.stdout and "same position" in run.stdout
     missing = subprocess.run([sys.executable, "-m", "toy_math", str(tmp_path / "none.jsonl")], capture_output=True, text=True)
     assert missing.returncode == 2 and "none.jsonl" in missing.stderr and missing.stderr.count("\n") == 1
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "47+8?"}\n')
-    bad = subprocess.run([sys.executable, "-m", "toy_math", str(tmp_path / "bad.jsonl")], capture_output=True, text=True)
-    assert bad.returncode == 2 and "bad.jsonl: not a file of rollouts" in bad.stderr and bad.stderr.count("\n") == 1
+    for line in ('{"prompt": "47+8?"}', '{"prompt": "47+8?", "completion": "#55", "label": true}', "not JSON"):
+        (tmp_path / "bad.jsonl").write_text(line + "\n")
+        bad = subprocess.run([sys.executable, "-m", "toy_math", str(tmp_path / "bad.jsonl")], capture_output=True, text=True)
+        assert bad.returncode == 2 and "bad.jsonl: not a file of rollouts" in bad.stderr and bad.stderr.count("\n") == 1

@@ -20,18 +20,20 @@ args = parser.parse_args()
 
 rng = random.Random(args.seed)
 problems = draw_problems(200, n_ops=6, split="train", rng=rng)
-if args.rollouts:
-    try:
+try:
+    if args.rollouts:
         rows, source = read_rows(args.rollouts), args.rollouts
-        overlap(rows)
-    except OSError as error:
-        parser.error(f"{args.rollouts}: {error.strerror}")
-    except (ValueError, KeyError, TypeError):
-        parser.error(f"{args.rollouts}: not a file of rollouts, a JSON object a line")
-else:
-    problems_repeated = [problem for problem in problems for _ in range(8)]
-    samples = [(text, True, verify(p, text)) for p in problems_repeated for text, _ in [write_trace(p, 0.12, rng)]]
-    rows, source = rollout_rows(problems_repeated, samples), "the slipping corpus, 200 problems × 8"
+    else:
+        repeated = [problem for problem in problems for _ in range(8)]
+        texts = [write_trace(problem, 0.12, rng)[0] for problem in repeated]
+        rows = rollout_rows(repeated, [(text, True, verify(problem, text)) for problem, text in zip(repeated, texts)])
+        source = "the slipping corpus, 200 problems × 8"
+    figures = overlap(rows)
+    correct, malformed = (sum(row[key] for row in rows) for key in ("label", "malformed"))
+except OSError as error:
+    parser.error(f"{args.rollouts}: {error.strerror}")
+except (ValueError, KeyError, TypeError):
+    parser.error(f"{args.rollouts}: not a file of rollouts, a JSON object a line")
 
 print("problems")
 for problem in problems[:5]:
@@ -45,8 +47,6 @@ marks = "".join("^" if a != b else " " for a, b in zip(clean, slipped))
 print(f"\nclean and slipped solution of {problems[0].prompt}")
 print(f"  clean    {clean}\n  slipped  {slipped}   {slips[0].kind} in step {slips[0].step}\n           {marks.rstrip()}")
 
-correct, malformed = (sum(row[key] for row in rows) for key in ("label", "malformed"))
-figures = overlap(rows)
 print(f"\noverlap of incorrect with correct solutions of the same problem ({source})")
 print(f"  solutions                                                  {len(rows)}: {correct} correct, {malformed} malformed")
 print(f"  incorrect ones whose problem has a correct one             {figures['incorrect']}")
