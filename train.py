@@ -119,7 +119,7 @@ def parse_args(argv=None):
 
 
 def check_args(parser, args):
-    """What no single flag shows: flags that do not go together, too few problems, the output folder; settles `--device auto`."""
+    """What no single flag shows: flags at odds, too few problems, the output folder; settles `--device auto`."""
     if args.batch_size % 2:
         parser.error(f"argument --batch-size: must be even, half correct and half incorrect, not {args.batch_size}")
     for flag in ("lam", "target"):
