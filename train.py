@@ -10,14 +10,19 @@ final evaluation. Left out against the paper: real checkpoints and benchmarks, t
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,7 +49,8 @@ CONFIG = GPTConfig(vocab_size=VOCAB_SIZE)
 BASE_BATCH, BASE_LR, BASE_WARMUP = 32, 3e-3, 100
 EVAL_PROBLEMS, EVAL_SAMPLES = 256, 8
 MONITORED = 128  # correct, and as many incorrect, training rollouts whose log-probabilities are logged
-FORMAT = 1  # part of every cache key: raise it when a stage's meaning changes
+progress = functools.partial(tqdm, disable=None, leave=False)  # disable=None: a bar on a terminal only
+FORMAT = 2  # part of every cache key: raise it when a stage's meaning changes
 
 
 class UserError(Exception):
@@ -111,6 +117,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes a GPU where there is one")
+    add("--jobs", type=natural, default=0, metavar="N", help="runs trained at once, each on one CPU thread; 0: one a CPU core")
     add("--out", default="runs", type=Path, metavar="FOLDER", help="folder of the runs and of the cached stages")
     add("--force", action="store_true", help="train finished runs anew; cached stages stay")
     args = parser.parse_args(argv)
@@ -214,7 +221,7 @@ def base_model(args, seed, path):
         lambda step: min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * step / args.base_steps)),
     )
     began, losses = time.time(), []
-    for batch, batch_mask in tqdm(zip(tokens, mask), total=args.base_steps, desc="base model", disable=None, leave=False):
+    for batch, batch_mask in progress(zip(tokens, mask), total=args.base_steps, desc="base model"):
         loss = -token_logps(model(batch), batch, batch_mask).sum() / batch_mask.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -243,12 +250,11 @@ def rollouts(args, seed, model, problems, path):
     if path.exists():
         print(f"rollouts      cached       {path}")
         return read_rows(path)
-    problems = [problem for problem in problems for _ in range(args.rollouts)]
     began = time.time()
     samples, generator = [], seeded(args.device, seed, "rollouts")
-    for first in tqdm(range(0, len(problems), 2048), desc="rollouts", disable=None, leave=False):
-        samples += sample(model, problems[first : first + 2048], 1.0, generator)
-    rows = rollout_rows(problems, samples)
+    for first in progress(range(0, len(problems), 384), desc="rollouts"):
+        samples += sample(model, problems[first : first + 384], args.rollouts, 1.0, generator)
+    rows = rollout_rows(samples)
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     share = sum(row["label"] for row in rows) / len(rows)
@@ -263,7 +269,7 @@ def reference_logits(args, model, tokens, start, path):
         print(f"reference     cached       {path}")
         return load_file(path, device=args.device)["logits"]
     began = time.time()
-    batches = tqdm(tokens.split(512), desc="reference", disable=None, leave=False)
+    batches = progress(tokens.split(512), desc="reference")
     logits = torch.cat([model.head(model.hidden(batch)[:, start:]) for batch in batches])
     with replacing(path) as temporary:
         save_file({"logits": logits}, temporary)
@@ -322,8 +328,11 @@ def raise_if_not_finite(stats, order, problem_ids, first, folder):
         )
 
 
-def offline_rl(args, settings, folder, base, data, problems):
-    """Train one policy on the fixed rollouts with one loss; writes config.json, log.csv, model.safetensors, samples.txt."""
+def offline_rl(args, settings, folder, base, data, problems, title=""):
+    """Train one policy on the fixed rollouts with one loss; writes config.json, log.csv, model.safetensors, samples.txt.
+
+    `title` opens each line that it prints.
+    """
     loss_name, lam, target, seed = (settings[key] for key in ("loss", "lam", "target", "seed"))
     model = GPT(CONFIG).to(args.device)
     model.load_state_dict(base.state_dict())
@@ -340,7 +349,7 @@ def offline_rl(args, settings, folder, base, data, problems):
     # What a step measures stays on the device until the next evaluation: loss, grad_norm, below pi, below pihat, tokens.
     stats = torch.zeros(args.steps, 5, device=args.device)
     began, evaluating, logged = time.time(), 0.0, 0
-    bar = tqdm(total=args.steps, desc=folder.name, disable=None, leave=False)
+    bar = progress(total=args.steps, desc=folder.name)
     with bar, open(folder / "log.csv", "w", newline="") as file:
         log = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         log.writeheader()
@@ -362,7 +371,7 @@ def offline_rl(args, settings, folder, base, data, problems):
                 save_model(model, folder / "model.safetensors")
                 evaluating = time.time() - began - seconds
                 eta = (time.time() - began) * (args.steps / step - 1) if step else math.nan
-                tqdm.write(progress_line(row, args.steps, eta))
+                tqdm.write(title + progress_line(row, args.steps, eta))
                 logged = step
             if step == args.steps:
                 break
@@ -449,6 +458,51 @@ def is_finished(folder):
     return (folder / "samples.txt").exists()
 
 
+def start_worker():
+    """One thread, lines at once, no bars; Ctrl-C goes to the parent, which ends its workers."""
+    torch.set_num_threads(1)
+    sys.stdout.reconfigure(line_buffering=True)
+    progress.keywords["disable"] = True
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def cache_stages(args, seed):
+    prepare(args, seed)  # and send none of it back
+
+
+def train_one(args, name, settings):
+    with contextlib.redirect_stdout(io.StringIO()):  # the stages are cached, and said so once
+        prepared = prepare(args, settings["seed"])
+    offline_rl(args, settings, args.out / name, *prepared, title=f"{name}  ")
+
+
+def train_together(args, todo, jobs):
+    """Train runs side by side in processes of one thread each. If one fails, the others go on; then its error is raised."""
+    began, errors = time.time(), []
+    print(f"{jobs} runs at once, one thread each")
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker) as pool:
+        try:
+            seeds = list(dict.fromkeys(settings["seed"] for settings in todo.values()))
+            if len(seeds) == 1:
+                prepare(args, *seeds)  # here, on all threads
+            else:
+                list(pool.map(cache_stages, itertools.repeat(args), seeds))
+            futures = {pool.submit(train_one, args, name, settings): name for name, settings in todo.items()}
+            for done, future in enumerate(as_completed(futures), start=1):
+                if future.exception():
+                    errors.append(future.exception())
+                    continue
+                left = (time.time() - began) * (len(todo) / done - 1)
+                print(f"\n{args.out / futures[future]}   {done} of {len(todo)} runs, about {left / 60:.0f} min left")
+                print((args.out / futures[future] / "samples.txt").read_text())
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+    if errors:
+        raise errors[0]
+
+
 def main(args):
     """Every run that the flags ask for, seed by seed, then their summary and figures. Raises UserError, NonFiniteError."""
     began = time.time()
@@ -457,15 +511,17 @@ def main(args):
     finished = [name for name in runs if is_finished(args.out / name) and not args.force]
     for name in finished:
         print(f"already finished: {args.out / name}   (--force runs it anew)")
-    for seed in dict.fromkeys(args.seed):
-        todo = {name: settings for name, settings in runs.items() if settings["seed"] == seed and name not in finished}
-        if not todo:
-            continue
-        base, data, problems = prepare(args, seed)
-        for name, settings in todo.items():
-            print(f"\noffline RL    {args.out / name}")
-            offline_rl(args, settings, args.out / name, base, data, problems)
-            print((args.out / name / "samples.txt").read_text())
+    todo = {name: settings for name, settings in runs.items() if name not in finished}
+    jobs = min(args.jobs or (torch.get_num_threads() if args.device == "cpu" else 1), len(todo))
+    if jobs > 1:
+        train_together(args, todo, jobs)
+    else:
+        for seed, names in itertools.groupby(todo, key=lambda name: todo[name]["seed"]):
+            prepared = prepare(args, seed)
+            for name in names:
+                print(f"\noffline RL    {args.out / name}")
+                offline_rl(args, todo[name], args.out / name, *prepared)
+                print((args.out / name / "samples.txt").read_text())
     groups = plots.read_runs([args.out / name for name in runs])
     print(plots.summary(groups))
     plots.draw_figures(groups, args.out / "figures")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import model as model_py
 from losses import token_logps
 from model import GPT, GPTConfig, rotary_table, rotate
 
@@ -87,11 +88,34 @@ def test_bfloat16_runs():
     assert model.generate(tokens, 3, eos=-1, pad=12).shape == (2, 3)
 
 
+@pytest.mark.parametrize("T, S", [(6, 6), (1, 6), (1, 1)])
+def test_explicit_attention_is_the_fused_one(T, S, monkeypatch):
+    shapes = (2, 6, T, 8), (2, 2, S, 8), (2, 2, S, 8)
+    results = []
+    for short in (model_py.SHORT, 0):
+        monkeypatch.setattr(model_py, "SHORT", short)
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(shape).requires_grad_() for shape in shapes)
+        y = model_py.attend(q, k, v)
+        y.backward(torch.randn(y.shape))
+        results.append((y, q.grad, k.grad, v.grad))
+    for explicit, fused in zip(*results):
+        torch.testing.assert_close(explicit, fused)
+    # and against the formula, query by query: head h reads keys of group h // 3, and no position after its own
+    for h in range(6):
+        for t in range(T):
+            keys, values = k[1, h // 3, : S - T + t + 1], v[1, h // 3, : S - T + t + 1]
+            expected = (keys @ q[1, h, t] / 8**0.5).softmax(0) @ values
+            torch.testing.assert_close(results[0][0][1, h, t], expected)
+
+
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_cached_decoding_equals_full_forward(options):
     model = make(**options)
     prompts = torch.randint(13, (5, 4))
     completions = model.generate(prompts, 12, eos=-1, pad=12, temperature=0)
+    twice = model.generate(prompts, 12, eos=-1, pad=12, temperature=0, samples=2)
+    assert torch.equal(twice, completions.repeat_interleave(2, dim=0))
     tokens = prompts
     with torch.no_grad():
         for _ in range(12):
@@ -107,9 +131,8 @@ def test_sampling_follows_the_policy():
     with torch.no_grad():
         logits = model(prompt)[0, -1]
     for temperature in (1.0, 0.5):
-        sampled = model.generate(
-            prompt.expand(n, -1), 1, eos=-1, pad=12, temperature=temperature, generator=torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
+        sampled = model.generate(prompt, 1, eos=-1, pad=12, temperature=temperature, generator=generator, samples=n)
         expected = (logits / temperature).softmax(-1)
         frequency = torch.bincount(sampled[:, 0], minlength=13) / n
         assert ((frequency - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from toy_math import rollouts
 from toy_math.problems import Problem, apply, draw_problems, slip_results, verify, write_trace
 from toy_math.rollouts import (
     corpus_rows,
@@ -128,7 +129,8 @@ def test_too_few_problems():
 def test_pack_trains_eos_and_never_pad():
     problems = draw_problems(2, 2, "train", random.Random(0))
     whole, cut = write_trace(problems[0])[0], write_trace(problems[1])[0][:5]
-    rows = rollout_rows(problems, [(whole, True, verify(problems[0], whole)), (cut, False, verify(problems[1], cut, False))])
+    samples = zip(problems, (whole, cut), (True, False))
+    rows = rollout_rows([(*sample, verify(*sample)) for sample in samples])
     tokens, mask = pack(rows)
     assert tokens[0, : prompt_tokens(problems).shape[1]].tolist() == prompt_tokens(problems)[0].tolist()
     assert tokens[0][mask[0]].tolist() == encode(whole) + [EOS] and tokens[1][mask[1]].tolist() == encode(cut)
@@ -148,7 +150,7 @@ def test_eos_gets_a_gradient():
 
 def test_rollout_rows_are_the_unpaired_preference_format():
     completion = "47+8=55;55*3=55;55-5=50;#50"
-    rows = rollout_rows([EXAMPLE, EXAMPLE], [(t, True, verify(EXAMPLE, t)) for t in (CLEAN, completion)])
+    rows = rollout_rows([(EXAMPLE, text, True, verify(EXAMPLE, text)) for text in (CLEAN, completion)])
     assert json.loads(json.dumps(rows))[1] == {
         "prompt": "47+8*3-5?", "completion": completion, "label": False,
         "problem_id": 0, "first_wrong_step": 2, "malformed": False, "finished": True,
@@ -182,15 +184,24 @@ def test_corpus_is_of_training_problems_and_keeps_its_slips():
 class Guesser:
     """Stands in for a policy: at temperature 0 the clean trace, else a trace that is clean half of the time."""
 
-    def generate(self, prompts, max_new_tokens, eos, pad, temperature, generator):
+    def generate(self, prompts, max_new_tokens, eos, pad, temperature, generator, samples):
         completions = []
-        for row in prompts.tolist():
+        for row in prompts.repeat_interleave(samples, dim=0).tolist():
             text, _ = decode(row[1:])
             problem = Problem(int(text[:2]), tuple((text[i], int(text[i + 1])) for i in range(2, len(text) - 1, 2)))
             clean = write_trace(problem)[0]
             heads = temperature == 0 or torch.rand((), generator=generator) < 0.5
             completions.append(encode(clean if heads else clean[:-1]) + [eos] + [pad] * (not heads))
         return torch.tensor(completions)
+
+
+def test_samples_come_problem_by_problem_whatever_the_batch(monkeypatch):
+    monkeypatch.setattr(rollouts, "CPU_ROWS", 10)  # 3 problems of 3 samples at once
+    problems = draw_problems(8, 2, "test", random.Random(0))
+    samples = rollouts.sample(Guesser(), problems, 3, 1.0, torch.Generator().manual_seed(0))
+    assert [problem for problem, *_ in samples] == [problem for problem in problems for _ in range(3)]
+    assert all(text in write_trace(problem)[0] for problem, text, *_ in samples)
+    assert all(verdict == verify(problem, text, finished) for problem, text, finished, verdict in samples)
 
 
 def test_evaluation_counts_what_the_verifier_says():

@@ -317,21 +317,44 @@ def test_a_gradient_that_is_not_finite_stops_the_run(finished, tmp_path, monkeyp
     assert not (folder / "samples.txt").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_keeps_what_there_is(finished, tmp_path):
+def test_runs_side_by_side_are_the_runs_one_by_one(finished, tmp_path):
     out = tmp_path / "runs"
     shutil.copytree(finished[0] / "cache", out / "cache")
-    words = ["--loss", "fpa", *TINY, "--steps", "100000", "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "train.py", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    result = command("--loss", "off_rl", "fpa", "--seed", 0, 1, *TINY, "--jobs", 2, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert "2 runs at once" in result.stdout and "4 of 4 runs" in result.stdout
+    assert len(folders(out)) == 4 and all((folder / "samples.txt").exists() for folder in folders(out))
+    for folder in folders(finished[0]):
+        assert without_seconds(out / folder.name) == without_seconds(folder)
+        assert f"{folder.name}  step    10/10" in result.stdout
+
+
+def test_a_run_that_fails_beside_another(finished, tmp_path):
+    out = tmp_path / "runs"
+    shutil.copytree(finished[0] / "cache", out / "cache")
+    result = command("--loss", "fpa", "off_rl", "--lam", "1e300", *TINY, "--jobs", 2, "--out", out)
+    assert result.returncode == 3 and "step 1: loss nan" in result.stderr and result.stderr.count("\n") == 1
+    assert [(folder / "samples.txt").exists() for folder in folders(out)] == [False, True]  # fpa, off_rl
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_ctrl_c_keeps_what_there_is(jobs, finished, tmp_path):
+    out = tmp_path / "runs"
+    shutil.copytree(finished[0] / "cache", out / "cache")
+    words = ["--loss", "fpa", "--lam", *"12"[:jobs], *TINY, "--steps", "100000", "--jobs", str(jobs), "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.time() + 60
-    while not (folders(out) and len(read_log(folders(out)[0])) > 2):
+    while not (len(folders(out)) == jobs and all(len(read_log(folder)) > 2 for folder in folders(out))):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, error = process.communicate(timeout=60)
-    (folder,) = folders(out)
-    assert process.returncode == 130 and "interrupted" in error and "Traceback" not in error
-    assert load_file(folder / "model.safetensors") and not (folder / "samples.txt").exists()
+    assert process.returncode == 130 and error.count("interrupted") == 1 and "Traceback" not in error
+    for folder in folders(out):
+        assert load_file(folder / "model.safetensors") and not (folder / "samples.txt").exists()
 
 
 def test_plots_names_missing_and_half_written_logs(finished, tmp_path, capsys):

@@ -26,7 +26,7 @@ try:
     else:
         repeated = [problem for problem in problems for _ in range(8)]
         texts = [write_trace(problem, 0.12, rng)[0] for problem in repeated]
-        rows = rollout_rows(repeated, [(text, True, verify(problem, text)) for problem, text in zip(repeated, texts)])
+        rows = rollout_rows([(problem, text, True, verify(problem, text)) for problem, text in zip(repeated, texts)])
         source = "the slipping corpus, 200 problems × 8"
     figures = overlap(rows)
     correct, malformed = (sum(row[key] for row in rows) for key in ("label", "malformed"))
