@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Up to this many positions, a CPU writes the attention weights out. Against its fused kernel that is as fast on one thread,
-# a training step of the toy takes 0.87 of the time on two, and sampling 0.9; but its memory grows with positions squared.
-SHORT = 512
+# Up to this many positions a CPU writes the attention weights out: its fused kernel gains nothing from a second thread there
+# (`python bench.py` times both). Their memory grows with positions squared, and beyond this they are slower too.
+SHORT = 128
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def attend(q, k, v):
     """
     B, H, T, head_dim = q.shape
     K, S = k.shape[1:3]
-    if q.device.type != "cpu" or S > SHORT:
+    if q.device.type != "cpu" or (S > SHORT and T > 1):
         assert T in (1, S), "is_causal would let the first query see the first key only"
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(1 + S - T).repeat(H // K, 1)  # (H/K T, S)

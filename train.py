@@ -21,8 +21,10 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
@@ -117,7 +119,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes a GPU where there is one")
-    add("--jobs", type=natural, default=0, metavar="N", help="runs trained at once, each on one CPU thread; 0: one a CPU core")
+    add("--jobs", default=0, type=natural, metavar="N", help="runs at once, a thread each; 0: one a CPU thread, one on a GPU")
     add("--out", default="runs", type=Path, metavar="FOLDER", help="folder of the runs and of the cached stages")
     add("--force", action="store_true", help="train finished runs anew; cached stages stay")
     args = parser.parse_args(argv)
@@ -251,9 +253,8 @@ def rollouts(args, seed, model, problems, path):
         print(f"rollouts      cached       {path}")
         return read_rows(path)
     began = time.time()
-    samples, generator = [], seeded(args.device, seed, "rollouts")
-    for first in progress(range(0, len(problems), 384), desc="rollouts"):
-        samples += sample(model, problems[first : first + 384], args.rollouts, 1.0, generator)
+    bar = functools.partial(progress, desc="rollouts")
+    samples = sample(model, problems, args.rollouts, 1.0, seeded(args.device, seed, "rollouts"), bar)
     rows = rollout_rows(samples)
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -316,6 +317,19 @@ def monitor(model, data, rows, lam):
     return {f"{name}_{g}": value[members].mean().item() for name, value in values.items() for g, members in groups.items()}
 
 
+def training_step(model, optimizer, data, rows, loss_name, lam, target):
+    """One optimizer step on some rows -> (5,): loss, grad_norm, rows below pi, rows below pihat, tokens, as in the log."""
+    reward = data["reward"][rows]
+    _, logp_mean, future_logp_mean = trajectory_logps(model, data, rows, lam)
+    loss = LOSSES[loss_name](logp_mean, future_logp_mean, reward, target)[0].mean()
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    below = [((reward < 0) & (logp.detach().exp() < 0.2)).sum() for logp in (logp_mean, future_logp_mean)]
+    return torch.stack([loss.detach(), grad_norm, *below, data["mask"][rows].sum()])
+
+
 def raise_if_not_finite(stats, order, problem_ids, first, folder):
     """Look for a loss or gradient that is not finite among the steps since `first`, and name the first one's problems."""
     bad = (~torch.isfinite(stats[first:, :2]).all(dim=1)).nonzero()
@@ -346,8 +360,7 @@ def offline_rl(args, settings, folder, base, data, problems, title=""):
     environment = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
     write_json(folder / "config.json", {**settings, "environment": environment})
 
-    # What a step measures stays on the device until the next evaluation: loss, grad_norm, below pi, below pihat, tokens.
-    stats = torch.zeros(args.steps, 5, device=args.device)
+    stats = torch.zeros(args.steps, 5, device=args.device)  # read at evaluations only: a device need not wait at every step
     began, evaluating, logged = time.time(), 0.0, 0
     bar = progress(total=args.steps, desc=folder.name)
     with bar, open(folder / "log.csv", "w", newline="") as file:
@@ -376,17 +389,7 @@ def offline_rl(args, settings, folder, base, data, problems, title=""):
             if step == args.steps:
                 break
 
-            rows = order[step]
-            reward = data["reward"][rows]
-            _, logp_mean, future_logp_mean = trajectory_logps(model, data, rows, lam)
-            loss = LOSSES[loss_name](logp_mean, future_logp_mean, reward, target)[0].mean()
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-
-            below = [((reward < 0) & (logp.detach().exp() < 0.2)).sum() for logp in (logp_mean, future_logp_mean)]
-            stats[step] = torch.stack([loss.detach(), grad_norm, *below, data["mask"][rows].sum()])
+            stats[step] = training_step(model, optimizer, data, order[step], loss_name, lam, target)
             bar.update()
     with replacing(folder / "samples.txt") as temporary:
         temporary.write_text(samples_text(samples))
@@ -459,11 +462,13 @@ def is_finished(folder):
 
 
 def start_worker():
-    """One thread, lines at once, no bars; Ctrl-C goes to the parent, which ends its workers."""
+    """One thread, lines at once, no bars. Ctrl-C goes to the parent, which ends its workers; so does the parent's own end."""
     torch.set_num_threads(1)
     sys.stdout.reconfigure(line_buffering=True)
     progress.keywords["disable"] = True
+    tqdm.set_lock(threading.RLock())  # the default one is shared between processes, and a terminated worker would leak it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def cache_stages(args, seed):
@@ -477,30 +482,39 @@ def train_one(args, name, settings):
 
 
 def train_together(args, todo, jobs):
-    """Train runs side by side in processes of one thread each. If one fails, the others go on; then its error is raised."""
-    began, errors = time.time(), []
+    """Train runs in processes of one thread each. One that fails stops no other; the first error is raised last."""
+    errors = {}  # by seed, for its stages, or by run
+
+    def finished(futures):
+        for future in as_completed(futures):
+            if error := future.exception():
+                errors[futures[future]] = error
+                print(f"failed: {futures[future]}: {error}")
+            yield futures[future]
+
     print(f"{jobs} runs at once, one thread each")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
-            seeds = list(dict.fromkeys(settings["seed"] for settings in todo.values()))
+            seeds = {settings["seed"] for settings in todo.values()}
             if len(seeds) == 1:
                 prepare(args, *seeds)  # here, on all threads
             else:
-                list(pool.map(cache_stages, itertools.repeat(args), seeds))
-            futures = {pool.submit(train_one, args, name, settings): name for name, settings in todo.items()}
-            for done, future in enumerate(as_completed(futures), start=1):
-                if future.exception():
-                    errors.append(future.exception())
-                    continue
-                left = (time.time() - began) * (len(todo) / done - 1)
-                print(f"\n{args.out / futures[future]}   {done} of {len(todo)} runs, about {left / 60:.0f} min left")
-                print((args.out / futures[future] / "samples.txt").read_text())
+                list(finished({pool.submit(cache_stages, args, seed): f"seed {seed}" for seed in seeds}))
+            todo = {name: settings for name, settings in todo.items() if f"seed {settings['seed']}" not in errors}
+            began = time.time()
+            runs = finished({pool.submit(train_one, args, name, settings): name for name, settings in todo.items()})
+            for done, name in enumerate(runs, start=1):
+                turns, turns_done = math.ceil(len(todo) / jobs), math.ceil(done / jobs)
+                left = (time.time() - began) / turns_done * (turns - turns_done) / 60
+                print(f"\n{args.out / name}   {done} of {len(todo)} runs, about {left:.0f} min left")
+                if name not in errors:
+                    print((args.out / name / "samples.txt").read_text())
         except BaseException:
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
     if errors:
-        raise errors[0]
+        raise next(iter(errors.values()))
 
 
 def main(args):
@@ -512,8 +526,9 @@ def main(args):
     for name in finished:
         print(f"already finished: {args.out / name}   (--force runs it anew)")
     todo = {name: settings for name, settings in runs.items() if name not in finished}
-    jobs = min(args.jobs or (torch.get_num_threads() if args.device == "cpu" else 1), len(todo))
-    if jobs > 1:
+    # from all runs, so that the last ones of an interrupted command have the threads that they would have had
+    jobs = min(args.jobs or (torch.get_num_threads() if args.device == "cpu" else 1), len(runs))
+    if jobs > 1 and todo:
         train_together(args, todo, jobs)
     else:
         for seed, names in itertools.groupby(todo, key=lambda name: todo[name]["seed"]):
@@ -538,7 +553,7 @@ def run(argv=None):
         kept = f"finished stages and runs, and the weights and log of the last evaluation, are kept in {args.out}"
         print(f"interrupted: {kept}; the same command reuses what is finished", file=sys.stderr)
         sys.exit(130)
-    except (UserError, NonFiniteError, OSError) as error:
+    except (UserError, NonFiniteError, OSError, BrokenProcessPool) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         sys.exit(3 if isinstance(error, NonFiniteError) else 2)
 

@@ -1,0 +1,613 @@
+"""Time and memory against the machine's own limit and against peers, and how they grow.
+
+    python bench.py           # everything, some ten minutes; prints the tables and writes them to bench.md
+    python bench.py --quick   # within a minute: the toy's size only, few rounds, a main job of seconds; prints only
+
+What is compared within a process is timed in turn, round after round, and a ratio is the median over the rounds: a machine that
+slows down slows both. Peers are `pip install transformers trl`; without them their rows say "not installed". Left out: GPUs.
+"""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import multiprocessing
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch._inductor.config
+from tqdm import tqdm
+
+import model as model_py
+import plots
+from losses import token_logps
+from model import GPT, GPTConfig
+from toy_math import rollouts
+from toy_math.problems import draw_problems, write_trace
+from toy_math.tokenizer import ALPHABET, BOS, EOS, PAD, VOCAB_SIZE
+from train import CONFIG, EVAL_PROBLEMS, EVAL_SAMPLES, adamw, training_step
+
+LARGE = GPTConfig(vocab_size=VOCAB_SIZE, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1152)
+PAIRS, OPS, LAM = 32, 6, 2.0
+SMALL_JOB = "--ops 1 --base-steps 300 --slip 0.3 --prompts 64 --steps 100 --eval-every 50".split()  # seconds, for --quick
+
+
+# --- measuring
+
+
+def in_turn(rounds, **functions):
+    """{name: seconds (rounds,)} of functions called one after the other, after one round that does not count."""
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
+
+
+def ratio(over, under):
+    """Median of the rounds' ratios, and the same in words with the range of their middle half."""
+    low, middle, high = np.quantile(over / under, [0.25, 0.5, 0.75])
+    return round(middle, 2), f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+def goal(value, sign, bound):
+    """The last two columns: the goal, and whether a figure, rounded as it is printed, meets it."""
+    return f"{sign} {bound}", "yes" if (value >= bound if sign == "≥" else value <= bound) else "**no**"
+
+
+NO_GOAL = ("", "")
+
+
+@contextlib.contextmanager
+def setting(module, name, value):
+    """A module's name, bound to something else for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+# --- what is measured
+
+
+def pair_data(pairs=PAIRS, ops=OPS):
+    """Clean and slipped solutions of the same problems as train.prepare gives them: the first half correct, the other not."""
+    rng, rows = random.Random(0), []
+    for slipped in (False, True):
+        for problem in draw_problems(pairs, ops, "train", random.Random(1)):
+            completion, slips = write_trace(problem)
+            while slipped and not slips:
+                completion, slips = write_trace(problem, 0.12, rng)
+            rows.append({"prompt": problem.prompt, "completion": completion, "finished": True})
+    tokens, mask = rollouts.pack(rows)
+    reward = torch.tensor([1.0] * pairs + [-1.0] * pairs)
+    return {"tokens": tokens, "mask": mask, "start": len(rows[0]["prompt"]), "reward": reward}, rows
+
+
+def make(config, data):
+    """A model with random weights, an optimizer, and as reference logits those of other random weights."""
+    torch.manual_seed(0)
+    other, model = GPT(config), GPT(config)
+    with torch.no_grad():
+        data["ref_logits"] = other.head(other.hidden(data["tokens"])[:, data["start"] :])
+    return model, adamw(model, 1e-4)
+
+
+def stepper(config, data, loss_name="fpa"):
+    """A function that takes one training step, the shipped one, on all of the data."""
+    model, optimizer = make(config, data)
+    rows, lam = torch.arange(len(data["tokens"])), LAM if loss_name == "fpa" else 0.0
+    return lambda: training_step(model, optimizer, data, rows, loss_name, lam, "both")
+
+
+# --- 1. roofline
+
+
+def linear_shapes(config, data):
+    """(rows, inputs, outputs) of every matrix product of a forward pass but attention's; the head sees completions only."""
+    B, T = data["tokens"].shape
+    modules = [m for m in GPT(config).modules() if isinstance(m, torch.nn.Linear)]
+    return [(B * T, m.in_features, m.out_features) for m in modules] + [
+        (B * (T - data["start"]), config.d_model, config.vocab_size)
+    ]
+
+
+def step_flops(config, data):
+    """Floating-point operations of a training step: NOTES has the formula in words."""
+    B, T = data["tokens"].shape
+    linear = sum(2 * m * k * n for m, k, n in linear_shapes(config, data))
+    attention = config.n_layers * 4 * B * T * T * config.d_model
+    return 3 * (linear + attention)
+
+
+def own_sizes(config, data):
+    """A function that multiplies what a step's linear layers multiply, forward and backward, and its operations."""
+    products = []
+    for m, k, n in linear_shapes(config, data):
+        x, w, dy = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
+        products += [(x, w.T), (dy, w), (dy.T, x)]  # y, dx, dw
+
+    def multiply():
+        for a, b in products:
+            a @ b
+
+    return multiply, sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in products)
+
+
+def roofline(rounds, quick):
+    data, _ = pair_data()
+    square, threads = torch.randn(2048, 2048), torch.get_num_threads()
+    cases = [("toy", CONFIG, count, 0.5) for count in sorted({1, threads}, reverse=True)]
+    cases += [] if quick else [("10 M", LARGE, threads, 0.8)]
+    rows = []
+    for name, config, count, bound in cases:
+        torch.set_num_threads(count)
+        own, own_flops = own_sizes(config, data)
+        n = rounds if config is CONFIG else 5
+        seconds = in_turn(n, step=stepper(config, data), own=own, square=lambda: square @ square)
+        flops = {"step": step_flops(config, data), "own": own_flops, "square": 2 * 2048**3}
+        rates = {key: flops[key] / seconds[key] / 1e9 for key in flops}
+        step, own, large = (np.median(rate) for rate in rates.values())
+        value, words = ratio(rates["step"], rates["own"])
+        what = f"{name}, {count} thread{'s' * (count > 1)}, {flops['step'] / 1e9:.1f} GFLOP a step"
+        rows.append((what, f"{words}: {step:.0f} of {own:.0f} GFLOP/s; large {large:.0f}", *goal(value, "≥", bound)))
+    torch.set_num_threads(threads)
+    return rows
+
+
+# --- 2. overhead of FPA
+
+
+def peak_memory(loss_name, config):
+    """Peak resident MiB of a few steps on 8,192 rollouts; Off-RL goes without reference logits. For a process of its own."""
+    torch.set_num_threads(1)
+    data, _ = pair_data()
+    model, optimizer = make(config, data)
+    lam = LAM if loss_name == "fpa" else 0.0
+    data = {key: value if key == "start" else value.repeat_interleave(8192 // 2 // PAIRS, dim=0) for key, value in data.items()}
+    if loss_name == "off_rl":
+        del data["ref_logits"]
+    for first in range(3):
+        training_step(model, optimizer, data, torch.arange(first, 8192, 8192 // 2 // PAIRS), loss_name, lam, "both")
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def overhead(rounds, quick):
+    rows = []
+    for name, config in [("toy", CONFIG)] + [("10 M", LARGE)] * (not quick):
+        data, _ = pair_data()
+        n = 2 * rounds if name == "toy" else 5
+        seconds = in_turn(n, off_rl=stepper(config, data, "off_rl"), fpa=stepper(config, data))
+        value, words = ratio(seconds["fpa"], seconds["off_rl"])
+        rows.append((f"{name}: step time, FPA / Off-RL", words, *goal(value, "≤", 1.03)))
+        if not Path("/proc/self/status").exists():
+            rows.append((f"{name}: peak memory", "needs /proc", *NO_GOAL))
+            continue
+        peaks = {"off_rl": [], "fpa": []}
+        for loss_name in list(peaks) * (1 if quick else 3):  # a process each: a peak stays a peak
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                peaks[loss_name].append(pool.submit(peak_memory, loss_name, config).result())
+        peaks = {loss_name: np.median(values) for loss_name, values in peaks.items()}
+        value, more = round(peaks["fpa"] / peaks["off_rl"], 2), peaks["fpa"] - peaks["off_rl"]
+        words = f"{value:.2f}: {more:.0f} MiB more than {peaks['off_rl']:.0f} MiB"
+        rows.append((f"{name}: peak memory, FPA / Off-RL", words, *goal(value, "≤", 1.02)))
+    return rows
+
+
+# --- 3. peers
+
+
+def llama(model, attention="sdpa"):
+    """transformers' LlamaForCausalLM with this model's weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    peer = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads, intermediate_size=c.d_ff, rope_theta=c.rope_theta, rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=c.tied_head, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+            attn_implementation=attention,
+        )
+    )  # fmt: skip
+    missing, unexpected = peer.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()}, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected  # tied
+    return peer
+
+
+def against_llama(config, rounds):
+    """Forward, backward and optimizer step on the same tokens."""
+    data, _ = pair_data()
+    tokens, mask = data["tokens"], data["mask"]
+    model, optimizer = make(config, data)
+
+    def step(logits, optimizer):
+        loss = -token_logps(logits, tokens, mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def peer_step(peer, peer_optimizer):
+        step(peer(tokens, use_cache=False).logits, peer_optimizer)
+
+    contestants = {"ours": lambda: step(model(tokens), optimizer)}
+    for attention in ("sdpa", "eager"):
+        peer = llama(model, attention)
+        torch.testing.assert_close(peer(tokens).logits, model(tokens), rtol=1e-3, atol=1e-3)
+        contestants[attention] = functools.partial(peer_step, peer, adamw(peer, 1e-4))
+    return in_turn(rounds, **contestants)
+
+
+def against_generate(config, rounds, problems):
+    """EVAL_SAMPLES samples of each problem, as an evaluation takes them."""
+    model = GPT(config)
+    prompts = rollouts.prompt_tokens(draw_problems(problems, OPS, "test", random.Random(0)))
+    width, split = rollouts.max_completion_tokens(OPS), prompts.split(rollouts.CPU_ROWS // EVAL_SAMPLES)
+
+    def peer_samples(peer, batches):
+        for some in batches:
+            tokens = peer.generate(
+                some, attention_mask=torch.ones_like(some), max_new_tokens=width, do_sample=True, temperature=1.0, top_k=0,
+                top_p=1.0, eos_token_id=None, num_return_sequences=EVAL_SAMPLES,
+            )  # fmt: skip
+            assert tokens.shape == (len(some) * EVAL_SAMPLES, some.shape[1] + width)
+
+    def our_samples():
+        for some in split:
+            model.generate(some, width, eos=-1, pad=PAD, samples=EVAL_SAMPLES)
+
+    contestants = {"ours": our_samples}
+    for attention in ("sdpa", "eager"):
+        peer = llama(model, attention).eval()
+        contestants[f"{attention}, split"] = functools.partial(peer_samples, peer, split)
+        contestants[f"{attention}, at once"] = functools.partial(peer_samples, peer, [prompts])
+    return in_turn(rounds, **contestants)
+
+
+def against_trl(config, rounds):
+    """A whole step of TRL's DPOTrainer, reference precomputed, and ours in turn on the same 32 pairs."""
+    import transformers
+    from datasets import Dataset
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from trl import DPOConfig, DPOTrainer
+
+    vocabulary = {character: i for i, character in enumerate(ALPHABET)} | {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    data, rows = pair_data()
+    step = stepper(config, data)
+    dataset = Dataset.from_list(
+        [
+            {"prompt": "<bos>" + good["prompt"], "chosen": good["completion"], "rejected": bad["completion"]}
+            for good, bad in zip(rows[:PAIRS], rows[PAIRS:])
+        ]
+        * (rounds + 2)  # one epoch, whose start and end are then in no step
+    )
+    seconds = {"TRL": [], "ours": []}
+
+    class Turns(transformers.TrainerCallback):
+        """The peer's step runs from the end of ours to its own end: batch, forward, backward, optimizer."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if hasattr(self, "began"):
+                seconds["TRL"].append(time.perf_counter() - self.began)
+            began = time.perf_counter()
+            step()
+            self.began = time.perf_counter()
+            seconds["ours"].append(self.began - began)
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DPOConfig(
+            folder, per_device_train_batch_size=PAIRS, max_steps=rounds + 2, precompute_ref_log_probs=True, max_length=None,
+            learning_rate=1e-4, optim="adamw_torch_fused", max_grad_norm=1.0, adam_beta2=0.95, weight_decay=0.0, use_cpu=True,
+            bf16=False, gradient_checkpointing=False, report_to="none", logging_strategy="no", save_strategy="no",
+            disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = DPOTrainer(llama(make(config, data)[0]), args=settings, train_dataset=dataset, processing_class=tokenizer)
+        trainer.add_callback(Turns())
+        batch = next(iter(trainer.get_train_dataloader()))["input_ids"]
+        assert len(batch) == 2 * PAIRS and {*map(tuple, batch.tolist())} <= {*map(tuple, data["tokens"].tolist())}
+        with contextlib.redirect_stdout(None):  # it prints its averages at the end
+            trainer.train()
+    return {"TRL": np.array(seconds["TRL"][1:]), "ours": np.array(seconds["ours"][1:-1])}
+
+
+def peers(rounds, quick):
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    rows = []
+    for name, config in [("toy", CONFIG)] + [("10 M", LARGE)] * (not quick):
+        toy = name == "toy"
+        some = rounds if toy else 5
+        problems = 48 if quick else EVAL_PROBLEMS if toy else 16
+        cases = [
+            ("forward, backward and step, transformers / ours", lambda: against_llama(config, some), 1),
+            ("a step, TRL's DPO / our FPA", lambda: against_trl(config, some), 2 if toy else 1.2),
+            (
+                f"{EVAL_SAMPLES} samples of {problems} prompts, transformers / ours",
+                lambda: against_generate(config, 3, problems),
+                3 if toy else None,
+            ),
+        ]
+        for what, measure, bound in cases:
+            try:
+                seconds = measure()
+            except ImportError:
+                rows.append((f"{name}: {what}", "not installed", *NO_GOAL))
+                continue
+            ours = seconds.pop("ours")
+            best = min(seconds, key=lambda peer: np.median(seconds[peer]))
+            value, words = ratio(seconds[best], ours)
+            words += f": {np.median(seconds[best]) * 1000:.0f} ms ({best}) / {np.median(ours) * 1000:.0f} ms"
+            rows.append((f"{name}: {what}", words, *(goal(value, "≥", bound) if bound else NO_GOAL)))
+    return rows
+
+
+# --- ideas
+
+
+def ideas(rounds, quick):
+    """Each idea left out, or taken up, and the shipped code in turn, on all threads and on one, as in runs side by side."""
+    threads, columns = torch.get_num_threads(), []
+    for count in (threads, 1):
+        torch.set_num_threads(count)
+        columns.append(ideas_on_these_threads(rounds, quick))
+    torch.set_num_threads(threads)
+    return [(what, words, other_words, verdict) for (what, words, verdict), (_, other_words, _) in zip(*columns)]
+
+
+def ideas_on_these_threads(rounds, quick):
+    data, _ = pair_data()
+    step, bfloat16_step, fused_step = (stepper(CONFIG, data) for _ in range(3))
+    reference, cached_step = make(CONFIG, data)[0], stepper(CONFIG, data)
+    model, _ = make(CONFIG, data)
+    loop = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)
+
+    def with_reference_forward():
+        with torch.no_grad():
+            reference.head(reference.hidden(data["tokens"])[:, data["start"] :])
+        cached_step()
+
+    def with_bfloat16():
+        torch.set_float32_matmul_precision("medium")
+        bfloat16_step()
+        torch.set_float32_matmul_precision("highest")
+
+    def fused(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
+
+    def with_fused_attention(function):
+        with setting(model_py, "attend", fused):
+            function()
+
+    problems = draw_problems(96 if quick else EVAL_PROBLEMS, OPS, "test", random.Random(0))
+    prompts, width = rollouts.prompt_tokens(problems), rollouts.max_completion_tokens(OPS)
+    split = prompts.split(rollouts.CPU_ROWS // EVAL_SAMPLES)
+
+    def sample(prompts=split, repeat=1):
+        for some in prompts:
+            some = some.repeat_interleave(repeat, dim=0)
+            reference.generate(some, width, eos=-1, pad=PAD, samples=EVAL_SAMPLES // repeat)
+
+    steps = in_turn(
+        rounds,
+        shipped=step,
+        fused=lambda: with_fused_attention(fused_step),
+        uncached=with_reference_forward,
+        loop=lambda: training_step(model, loop, data, torch.arange(2 * PAIRS), "fpa", LAM, "both"),
+        bfloat16=with_bfloat16,
+    )
+    samples = in_turn(
+        3 if quick else 5,
+        shipped=sample,
+        fused=lambda: with_fused_attention(sample),
+        whole=lambda: sample([prompts]),
+        unshared=lambda: sample(repeat=EVAL_SAMPLES),
+    )
+    rows = [
+        ("attention weights written out, step", steps, "fused", "kept"),
+        ("attention weights written out, sampling", samples, "fused", "kept"),
+        ("cached reference logits, step", steps, "uncached", "kept"),
+        ("AdamW's fused kernel, step", steps, "loop", "kept"),
+        (
+            f"{rollouts.CPU_ROWS} rows at once, not {EVAL_SAMPLES * len(problems)}, sampling",
+            samples,
+            "whole",
+            "kept: several runs have one thread each",
+        ),
+        ("a prompt read once for its samples, sampling", samples, "unshared", "kept"),
+        ("bfloat16 products, step", steps, "bfloat16", "not taken: float32 on CPUs"),
+    ]
+    rows = [(what, ratio(seconds[other], seconds["shipped"])[1], verdict) for what, seconds, other, verdict in rows]
+    return rows if quick else [*rows, compiled(rounds, data)]
+
+
+def compiled(rounds, data):
+    """The step with torch.compile, and the seconds that compiling takes; it needs a C++ compiler."""
+    torch._inductor.config.force_disable_caches = True  # those of an earlier run on disk
+    model, optimizer = make(CONFIG, data)
+    model.hidden = torch.compile(model.hidden)
+
+    def step():
+        training_step(model, optimizer, data, torch.arange(2 * PAIRS), "fpa", LAM, "both")
+
+    began = time.perf_counter()
+    try:
+        step()
+    except RuntimeError as error:
+        return "torch.compile, step", f"failed: {type(error).__name__}", "not taken"
+    compiling = time.perf_counter() - began
+    seconds = in_turn(rounds, shipped=stepper(CONFIG, data), compiled=step)
+    return "torch.compile, step", ratio(seconds["compiled"], seconds["shipped"])[1], f"not taken: {compiling:.0f} s to compile"
+
+
+# --- growth
+
+
+def growth(rounds, quick):
+    """Median step times along one size at a time, and the exponent of the power law through them."""
+    pair_counts, widths = [8, 16, 32, 64], [32, 64, 128, 256]
+    vocabularies, op_counts = [20, 200, 2_000, 8_000], [2, 4, 8, 16]
+    if quick:
+        pair_counts, widths, vocabularies, op_counts = (x[:2] for x in (pair_counts, widths, vocabularies, op_counts))
+    batches, traces = [pair_data(pairs)[0] for pairs in pair_counts], [pair_data(ops=ops)[0] for ops in op_counts]
+    data, _ = pair_data()
+    lines = [
+        ("tokens a batch", [d["tokens"].numel() for d in batches], [stepper(CONFIG, d) for d in batches]),
+        ("model width D", widths, [stepper(GPTConfig(vocab_size=VOCAB_SIZE, d_model=d, d_ff=3 * d), data) for d in widths]),
+        ("vocabulary V", vocabularies, [stepper(GPTConfig(vocab_size=v), dict(data)) for v in vocabularies]),
+        ("trace length T", [d["tokens"].shape[1] for d in traces], [stepper(CONFIG, d) for d in traces]),
+    ]
+    rows = []
+    for what, sizes, steps in lines:
+        seconds = in_turn(max(rounds // 2, 3), **{str(size): step for size, step in zip(sizes, steps)})
+        times = [np.median(seconds[str(size)]) for size in sizes]
+        exponent = np.polyfit(np.log(sizes), np.log(times), 1)[0]
+        points = "; ".join(f"{size:,}: {1000 * t:.0f} ms" for size, t in zip(sizes, times))
+        rows.append((what, points, f"{exponent:.2f}"))
+    return rows
+
+
+# --- the command itself
+
+
+def train(*words):
+    """`python train.py WORDS` in a process of its own: (seconds, what it printed)."""
+    began = time.perf_counter()
+    command = [sys.executable, Path(__file__).with_name("train.py"), *map(str, words)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return time.perf_counter() - began, result.stdout
+
+
+def time_to_result(out, quick):
+    """The main job from nothing and with caches, by stage; leaves its caches in `out`."""
+    small = SMALL_JOB if quick else []
+    rows = []
+    for title, loss, bound in (("from nothing, FPA", "fpa", 180), ("with caches, Off-RL", "off_rl", 60)):
+        seconds, printed = train("--loss", loss, "--device", "cpu", "--out", out, *small)
+        stages = re.findall(r"^(base model|rollouts|reference) +([\d.]+) s", printed, flags=re.M)
+        (folder,) = [path.parent for path in out.glob(f"{loss}*/log.csv")]
+        training = plots.read_run(folder)[1]["seconds"][-1]
+        stages = [(name, float(text)) for name, text in stages] + [("offline RL steps", training)]
+        stages.append(("imports, evaluations, figures", seconds - sum(t for _, t in stages)))
+        words = f"{seconds:.0f} s: " + ", ".join(f"{name} {t:.1f}" for name, t in stages)
+        rows.append((title, words, *(NO_GOAL if quick else goal(round(seconds), "≤", bound))))
+    return rows
+
+
+def sweep(out):
+    """Runs of several λ, caches in place: n runs as the command takes them, and the same one by one."""
+    words = ["--loss", "fpa", "--device", "cpu", "--out", out, "--force", "--steps", 300, "--eval-every", 300, "--lam"]
+    counts, lams = [1, 2, 4, 8], range(1, 9)
+    times = [train(*words, *lams[:count])[0] for count in counts]
+    one_by_one = train(*words, *lams, "--jobs", 1)[0]
+    points = "; ".join(f"{count}: {t:.0f} s" for count, t in zip(counts, times))
+    return [
+        ("runs", points, f"{np.polyfit(np.log(counts), np.log(times), 1)[0]:.2f}"),
+        ("8 runs one by one / side by side", f"{one_by_one / times[-1]:.2f} ({one_by_one:.0f} / {times[-1]:.0f} s)", ""),
+    ]
+
+
+# --- the page
+
+
+def table(title, note, header, rows):
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return f"## {title}\n\n{note}\n\n" + "\n".join(lines) + "\n"
+
+
+def machine():
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() + "\nmodel name : " + cpu)[1]
+    versions = [f"Python {platform.python_version()}"]
+    for package in ("torch", "transformers", "trl"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {', '.join(versions)}; {datetime.date.today()}"
+
+
+NOTES = {
+    "Roofline": """Operations of a step = 3 (2 Σ m·k·n + 4 · layers · B · T² · D). Every linear layer multiplies (m, k) by
+(k, n), where m is B · T tokens, for the head the completion's; attention has two products of T² · D a sequence; backward
+costs twice forward. "Of own sizes" is the step's rate over the rate of just these (m, k, n), forward and backward; large is
+2,048³. All in float32.""",
+    "Overhead of FPA": """A step on 32 pairs with the reference logits cached. Memory: the peak of a process that imports,
+holds 8,192 rollouts and trains three steps, median of three; Off-RL's goes without the reference logits (which `train.py` loads
+for either loss), FPA's holds V floats for every completion token, whatever the size of the model.""",
+    "Peers": """Same random weights, tokens and optimizer (fused AdamW), float32. transformers has the better of its sdpa
+and eager attention, and of all prompts at once and the split that we sample in. TRL's step is DPOTrainer's own with
+precomputed reference log-probabilities, batch collation and its metrics included, ours a whole FPA step, both on 32 pairs.
+Above 1, ours is faster.""",
+    "Ideas": """Time without the idea over time with it; of those not taken, time with it over time without. "Sampling" is
+an evaluation's.""",
+    "Growth": """Median times of a step; the exponent is that of a power law through the points, 1 being linear.""",
+    "Time to result": """`python train.py --loss fpa`, then `--loss off_rl` with what the first has cached; once each.""",
+    "Sweeps": """One λ a run, 300 steps, caches in place, start-up and figures included; once each. Several runs go side by
+side in processes of one thread; one run, and runs one by one, have all threads.""",
+}
+
+
+def main(args):
+    rounds = 8 if args.quick else 40
+    goals, growths = ["", "measured", "goal", "met"], ["", "time", "exponent"]
+    command = f"`python bench.py{' --quick' * args.quick}`"
+    rule = "a ratio with brackets is the median over rounds taken in turn, and the middle half of them."
+    parts = [f"# Measured against the limit and against peers\n\n{machine()}\n\n{command}; {rule}\n"]
+    print(parts[0])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        sections = [
+            ("Roofline", goals, lambda: roofline(rounds, args.quick)),
+            ("Overhead of FPA", goals, lambda: overhead(rounds, args.quick)),
+            ("Peers", goals, lambda: peers(rounds, args.quick)),
+            ("Ideas", ["", f"{torch.get_num_threads()} threads", "1 thread", ""], lambda: ideas(rounds, args.quick)),
+            ("Growth", growths, lambda: growth(rounds, args.quick)),
+            ("Time to result", goals, lambda: time_to_result(out, args.quick)),
+            ("Sweeps", growths, lambda: sweep(out)),
+        ]
+        for title, header, measure in tqdm(sections[: -1 if args.quick else None], desc="bench", disable=None, leave=False):
+            parts.append(table(title, NOTES[title], header, measure()))
+            tqdm.write(parts[-1])
+            if args.to:
+                args.to.write_text("\n".join(parts))  # after each section, so that Ctrl-C loses one at most
+    if args.to:
+        print(f"written to {args.to}")
+
+
+def run(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
+    parser.add_argument("--quick", action="store_true", help="within a minute: the toy's size only, few rounds, no sweeps")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="where the tables go (default: bench.md, with --quick nowhere)")
+    args = parser.parse_args(argv)
+    if not (args.quick or args.to):
+        args.to = Path(__file__).with_name("bench.md")
+    if args.to and (not args.to.absolute().parent.is_dir() or args.to.is_dir()):
+        parser.error(f"argument --to: {args.to} is not a file in a folder that exists")
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        print("interrupted: what is printed above is all that was measured", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()
