@@ -16,6 +16,7 @@ import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._inductor.config
 from tqdm import tqdm
 
 import model as model_py
@@ -150,6 +150,7 @@ def own_sizes(config, data):
 
 
 def roofline(rounds, quick):
+    """Rows: the step's rate over that of its own matrix products, on all threads, on one, and at 10 M parameters."""
     data, _ = pair_data()
     square, threads = torch.randn(2048, 2048), torch.get_num_threads()
     cases = [("toy", CONFIG, count, 0.5) for count in sorted({1, threads}, reverse=True)]
@@ -188,6 +189,7 @@ def peak_memory(loss_name, config):
 
 
 def overhead(rounds, quick):
+    """Rows: step time and peak memory of FPA over Off-RL's."""
     rows = []
     for name, config in [("toy", CONFIG)] + [("10 M", LARGE)] * (not quick):
         data, _ = pair_data()
@@ -201,7 +203,10 @@ def overhead(rounds, quick):
         peaks = {"off_rl": [], "fpa": []}
         for loss_name in list(peaks) * (1 if quick else 3):  # a process each: a peak stays a peak
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                peaks[loss_name].append(pool.submit(peak_memory, loss_name, config).result())
+                handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
+                future = pool.submit(peak_memory, loss_name, config)
+                signal.signal(signal.SIGINT, handler)
+                peaks[loss_name].append(future.result())
         peaks = {loss_name: np.median(values) for loss_name, values in peaks.items()}
         value, more = round(peaks["fpa"] / peaks["off_rl"], 2), peaks["fpa"] - peaks["off_rl"]
         words = f"{value:.2f}: {more:.0f} MiB more than {peaks['off_rl']:.0f} MiB"
@@ -331,6 +336,7 @@ def against_trl(config, rounds):
 
 
 def peers(rounds, quick):
+    """Rows: each peer's time over ours, or that it is not installed."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows = []
     for name, config in [("toy", CONFIG)] + [("10 M", LARGE)] * (not quick):
@@ -374,6 +380,7 @@ def ideas(rounds, quick):
 
 
 def ideas_on_these_threads(rounds, quick):
+    """Rows (idea, ratio in words, verdict)."""
     data, _ = pair_data()
     step, bfloat16_step, fused_step = (stepper(CONFIG, data) for _ in range(3))
     reference, cached_step = make(CONFIG, data)[0], stepper(CONFIG, data)
@@ -441,7 +448,6 @@ def ideas_on_these_threads(rounds, quick):
 
 def compiled(rounds, data):
     """The step with torch.compile, and the seconds that compiling takes; it needs a C++ compiler."""
-    torch._inductor.config.force_disable_caches = True  # those of an earlier run on disk
     model, optimizer = make(CONFIG, data)
     model.hidden = torch.compile(model.hidden)
 
@@ -566,6 +572,8 @@ side in processes of one thread; one run, and runs one by one, have all threads.
 
 
 def main(args):
+    """Every section in turn, printed and, where args.to says so, written."""
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # what an earlier run compiled would take no time
     rounds = 8 if args.quick else 40
     goals, growths = ["", "measured", "goal", "met"], ["", "time", "exponent"]
     command = f"`python bench.py{' --quick' * args.quick}`"
@@ -593,6 +601,7 @@ def main(args):
 
 
 def run(argv=None):
+    """The command: a wrong flag, or Ctrl-C, is one line and an exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     parser.add_argument("--quick", action="store_true", help="within a minute: the toy's size only, few rounds, no sweeps")

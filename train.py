@@ -462,12 +462,11 @@ def is_finished(folder):
 
 
 def start_worker():
-    """One thread, lines at once, no bars. Ctrl-C goes to the parent, which ends its workers; so does the parent's own end."""
+    """One thread, lines at once, no bars, and an end when the parent ends."""
     torch.set_num_threads(1)
     sys.stdout.reconfigure(line_buffering=True)
     progress.keywords["disable"] = True
     tqdm.set_lock(threading.RLock())  # the default one is shared between processes, and a terminated worker would leak it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
@@ -494,6 +493,11 @@ def train_together(args, todo, jobs):
 
     print(f"{jobs} runs at once, one thread each")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker) as pool:
+        handler = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # as the workers inherit it: Ctrl-C is the parent's, who ends them
+        pool.submit(int)  # starts them
+        signal.signal(signal.SIGINT, handler)
         try:
             seeds = {settings["seed"] for settings in todo.values()}
             if len(seeds) == 1:
