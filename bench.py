@@ -262,7 +262,8 @@ def against_generate(config, rounds, problems):
     """EVAL_SAMPLES samples of each problem, as an evaluation takes them."""
     model = GPT(config)
     prompts = rollouts.prompt_tokens(draw_problems(problems, OPS, "test", random.Random(0)))
-    width, split = rollouts.max_completion_tokens(OPS), prompts.split(rollouts.CPU_ROWS // EVAL_SAMPLES)
+    width = rollouts.max_completion_tokens(OPS)
+    split = prompts.split(rollouts.problems_at_once(EVAL_SAMPLES, prompts.device))
 
     def peer_samples(peer, batches):
         for some in batches:
@@ -406,7 +407,7 @@ def ideas_on_these_threads(rounds, quick):
 
     problems = draw_problems(96 if quick else EVAL_PROBLEMS, OPS, "test", random.Random(0))
     prompts, width = rollouts.prompt_tokens(problems), rollouts.max_completion_tokens(OPS)
-    split = prompts.split(rollouts.CPU_ROWS // EVAL_SAMPLES)
+    split = prompts.split(rollouts.problems_at_once(EVAL_SAMPLES, prompts.device))
 
     def sample(prompts=split, repeat=1):
         for some in prompts:
@@ -433,12 +434,7 @@ def ideas_on_these_threads(rounds, quick):
         ("attention weights written out, sampling", samples, "fused", "kept"),
         ("cached reference logits, step", steps, "uncached", "kept"),
         ("AdamW's fused kernel, step", steps, "loop", "kept"),
-        (
-            f"{rollouts.CPU_ROWS} rows at once, not {EVAL_SAMPLES * len(problems)}, sampling",
-            samples,
-            "whole",
-            "kept: several runs have one thread each",
-        ),
+        (f"{rollouts.CPU_ROWS} rows a thread at once, not {EVAL_SAMPLES * len(problems)}, sampling", samples, "whole", "kept"),
         ("a prompt read once for its samples, sampling", samples, "unshared", "kept"),
         ("bfloat16 products, step", steps, "bfloat16", "not taken: float32 on CPUs"),
     ]
@@ -448,6 +444,9 @@ def ideas_on_these_threads(rounds, quick):
 
 def compiled(rounds, data):
     """The step with torch.compile, and the seconds that compiling takes; it needs a C++ compiler."""
+    from torch._inductor import config
+
+    config.force_disable_caches = True  # what an earlier run compiled would take no time
     model, optimizer = make(CONFIG, data)
     model.hidden = torch.compile(model.hidden)
 
@@ -573,7 +572,6 @@ side in processes of one thread; one run, and runs one by one, have all threads.
 
 def main(args):
     """Every section in turn, printed and, where args.to says so, written."""
-    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # what an earlier run compiled would take no time
     rounds = 8 if args.quick else 40
     goals, growths = ["", "measured", "goal", "met"], ["", "time", "exponent"]
     command = f"`python bench.py{' --quick' * args.quick}`"

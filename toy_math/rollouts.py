@@ -11,7 +11,8 @@ import torch
 from .problems import STEP_WIDTH, draw_problem, verify, write_trace
 from .tokenizer import BOS, EOS, PAD, decode, encode
 
-CPU_ROWS, GPU_ROWS = 384, 2048  # sampled at once; a CPU's cache holds the keys and values of so many
+CPU_ROWS = 384  # sampled at once for each thread of a CPU, whose caches hold the keys and values of so many
+GPU_ROWS = 2048
 
 
 def corpus_rows(count, n_ops, slip_rate, rng):
@@ -35,12 +36,17 @@ def prompt_tokens(problems, device="cpu"):
     return torch.tensor([[BOS] + encode(problem.prompt) for problem in problems], device=device)
 
 
+def problems_at_once(n_samples, device):
+    rows = CPU_ROWS * torch.get_num_threads() if device.type == "cpu" else GPU_ROWS
+    return max(rows // n_samples, 1)
+
+
 def sample(model, problems, n_samples, temperature, generator, bar=iter):
     """n_samples completions of each problem, verified, problem by problem: [(problem, text, finished, Verdict)].
 
     `bar` may wrap the loop over batches in a progress bar.
     """
-    at_once = max((CPU_ROWS if generator.device.type == "cpu" else GPU_ROWS) // n_samples, 1)  # problems
+    at_once = problems_at_once(n_samples, generator.device)
     width, samples = max_completion_tokens(len(problems[0].ops)), []
     for first in bar(range(0, len(problems), at_once)):
         some = problems[first : first + at_once]
