@@ -1,6 +1,6 @@
 """Time and memory against the machine's own limit and against peers, and how they grow.
 
-    python bench.py           # everything, some ten minutes; prints the tables and writes them to bench.md
+    python bench.py           # everything, some thirteen minutes; prints the tables and writes them to bench.md
     python bench.py --quick   # within a minute: the toy's size only, few rounds, a main job of seconds; prints only
 
 What is compared within a process is timed in turn, round after round, and a ratio is the median over the rounds: a machine that
