@@ -24,6 +24,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from model import GPT, GPTConfig
 from toy_math import rollouts
 from toy_math.problems import draw_problems, write_trace
 from toy_math.tokenizer import ALPHABET, BOS, EOS, PAD, VOCAB_SIZE
-from train import CONFIG, EVAL_PROBLEMS, EVAL_SAMPLES, adamw, training_step
+from train import CONFIG, EVAL_PROBLEMS, EVAL_SAMPLES, adamw, progress, training_step
 
 LARGE = GPTConfig(vocab_size=VOCAB_SIZE, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1152)
 PAIRS, OPS, LAM = 32, 6, 2.0
@@ -69,17 +70,6 @@ def goal(value, sign, bound):
 
 
 NO_GOAL = ("", "")
-
-
-@contextlib.contextmanager
-def setting(module, name, value):
-    """A module's name, bound to something else for a while."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 # --- what is measured
@@ -402,7 +392,7 @@ def ideas_on_these_threads(rounds, quick):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
 
     def with_fused_attention(function):
-        with setting(model_py, "attend", fused):
+        with mock.patch.object(model_py, "attend", fused):
             function()
 
     problems = draw_problems(96 if quick else EVAL_PROBLEMS, OPS, "test", random.Random(0))
@@ -589,7 +579,7 @@ def main(args):
             ("Time to result", goals, lambda: time_to_result(out, args.quick)),
             ("Sweeps", growths, lambda: sweep(out)),
         ]
-        for title, header, measure in tqdm(sections[: -1 if args.quick else None], desc="bench", disable=None, leave=False):
+        for title, header, measure in progress(sections[: -1 if args.quick else None], desc="bench"):
             parts.append(table(title, NOTES[title], header, measure()))
             tqdm.write(parts[-1])
             if args.to:
