@@ -31,16 +31,18 @@ import torch
 from tqdm import tqdm
 
 import model as model_py
-import plots
+import results
 from losses import token_logps
 from model import GPT, GPTConfig
+from stages import CONFIG, EVAL_PROBLEMS, adamw, progress
 from toy_math import rollouts
 from toy_math.problems import draw_problems, write_trace
 from toy_math.tokenizer import ALPHABET, BOS, EOS, PAD, VOCAB_SIZE
-from train import CONFIG, EVAL_PROBLEMS, EVAL_SAMPLES, adamw, progress, training_step
+from train import EVAL_SAMPLES, training_step
 
 LARGE = GPTConfig(vocab_size=VOCAB_SIZE, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1152)
-PAIRS, OPS, LAM = 32, 6, 2.0
+PAIRS, OPS = 32, 6
+SETTINGS = {"off_rl": {"loss": "off_rl", "lam": 0.0, "target": None}, "fpa": {"loss": "fpa", "lam": 2.0, "target": "both"}}
 SMALL_JOB = "--ops 1 --base-steps 300 --slip 0.3 --prompts 64 --steps 100 --eval-every 50".split()  # seconds, for --quick
 
 
@@ -76,7 +78,7 @@ NO_GOAL = ("", "")
 
 
 def pair_data(pairs=PAIRS, ops=OPS):
-    """Clean and slipped solutions of the same problems as train.prepare gives them: the first half correct, the other not."""
+    """Clean and slipped solutions of the same problems as stages.prepare gives them: the first half correct, the other not."""
     rng, rows = random.Random(0), []
     for slipped in (False, True):
         for problem in draw_problems(pairs, ops, "train", random.Random(1)):
@@ -86,7 +88,9 @@ def pair_data(pairs=PAIRS, ops=OPS):
             rows.append({"prompt": problem.prompt, "completion": completion, "finished": True})
     tokens, mask = rollouts.pack(rows)
     reward = torch.tensor([1.0] * pairs + [-1.0] * pairs)
-    return {"tokens": tokens, "mask": mask, "start": len(rows[0]["prompt"]), "reward": reward}, rows
+    others = dict.fromkeys(("ref_logp_sum", "value", "mean_reward"), torch.zeros(2 * pairs))  # of losses that are not timed
+    start = len(rows[0]["prompt"])
+    return {"tokens": tokens, "mask": mask, "start": start, "length": mask.sum(-1), "reward": reward, **others}, rows
 
 
 def make(config, data):
@@ -94,15 +98,15 @@ def make(config, data):
     torch.manual_seed(0)
     other, model = GPT(config), GPT(config)
     with torch.no_grad():
-        data["ref_logits"] = other.head(other.hidden(data["tokens"])[:, data["start"] :])
+        data["ref_logits"] = other(data["tokens"], data["start"])
     return model, adamw(model, 1e-4)
 
 
 def stepper(config, data, loss_name="fpa"):
     """A function that takes one training step, the shipped one, on all of the data."""
     model, optimizer = make(config, data)
-    rows, lam = torch.arange(len(data["tokens"])), LAM if loss_name == "fpa" else 0.0
-    return lambda: training_step(model, optimizer, data, rows, loss_name, lam, "both")
+    rows = torch.arange(len(data["tokens"]))
+    return lambda: training_step(model, optimizer, data, rows, SETTINGS[loss_name])
 
 
 # --- 1. roofline
@@ -169,12 +173,11 @@ def peak_memory(loss_name, config):
     torch.set_num_threads(1)
     data, _ = pair_data()
     model, optimizer = make(config, data)
-    lam = LAM if loss_name == "fpa" else 0.0
     data = {key: value if key == "start" else value.repeat_interleave(8192 // 2 // PAIRS, dim=0) for key, value in data.items()}
     if loss_name == "off_rl":
         del data["ref_logits"]
     for first in range(3):
-        training_step(model, optimizer, data, torch.arange(first, 8192, 8192 // 2 // PAIRS), loss_name, lam, "both")
+        training_step(model, optimizer, data, torch.arange(first, 8192, 8192 // 2 // PAIRS), SETTINGS[loss_name])
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
@@ -380,7 +383,7 @@ def ideas_on_these_threads(rounds, quick):
 
     def with_reference_forward():
         with torch.no_grad():
-            reference.head(reference.hidden(data["tokens"])[:, data["start"] :])
+            reference(data["tokens"], data["start"])
         cached_step()
 
     def with_bfloat16():
@@ -409,7 +412,7 @@ def ideas_on_these_threads(rounds, quick):
         shipped=step,
         fused=lambda: with_fused_attention(fused_step),
         uncached=with_reference_forward,
-        loop=lambda: training_step(model, loop, data, torch.arange(2 * PAIRS), "fpa", LAM, "both"),
+        loop=lambda: training_step(model, loop, data, torch.arange(2 * PAIRS), SETTINGS["fpa"]),
         bfloat16=with_bfloat16,
     )
     samples = in_turn(
@@ -441,7 +444,7 @@ def compiled(rounds, data):
     model.hidden = torch.compile(model.hidden)
 
     def step():
-        training_step(model, optimizer, data, torch.arange(2 * PAIRS), "fpa", LAM, "both")
+        training_step(model, optimizer, data, torch.arange(2 * PAIRS), SETTINGS["fpa"])
 
     began = time.perf_counter()
     try:
@@ -499,8 +502,8 @@ def time_to_result(out, quick):
         seconds, printed = train("--loss", loss, "--device", "cpu", "--out", out, *small)
         stages = re.findall(r"^(base model|rollouts|reference) +([\d.]+) s", printed, flags=re.M)
         (folder,) = [path.parent for path in out.glob(f"{loss}*/log.csv")]
-        training = plots.read_run(folder)[1]["seconds"][-1]
-        stages = [(name, float(text)) for name, text in stages] + [("offline RL steps", training)]
+        training = results.read_run(folder).log["seconds"]
+        stages = [(name, float(text)) for name, text in stages] + [("training steps", training[-1] - training[0])]
         stages.append(("imports, evaluations, figures", seconds - sum(t for _, t in stages)))
         words = f"{seconds:.0f} s: " + ", ".join(f"{name} {t:.1f}" for name, t in stages)
         rows.append((title, words, *(NO_GOAL if quick else goal(round(seconds), "≤", bound))))

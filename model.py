@@ -172,12 +172,12 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def head(self, hidden):
-        """Hidden states (..., D) -> logits (..., V). Apart, so that losses can skip the prompt's positions."""
+        """Hidden states (..., D) -> logits (..., V)."""
         return F.linear(hidden, self.embed_tokens.weight if self.config.tied_head else self.lm_head.weight)
 
-    def forward(self, tokens):
-        """Tokens (B, T) -> logits (B, T, V)."""
-        return self.head(self.hidden(tokens))
+    def forward(self, tokens, first=0):
+        """Tokens (B, T) -> logits (B, T - first, V) of the positions from `first` on; the head skips those before."""
+        return self.head(self.hidden(tokens)[:, first:])
 
     @torch.no_grad()
     def generate(self, prompts, max_new_tokens, eos, pad, temperature=1.0, generator=None, samples=1):

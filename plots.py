@@ -1,20 +1,15 @@
-"""Figures and the summary table, drawn from the runs' logs alone (config.json and log.csv; no model is loaded).
+"""Figures and results.md from the runs' logs alone (config.json and CSV files; no model is loaded).
 
-    python plots.py runs/          # every finished run below runs/ -> figures/*.png
+    python plots.py runs/          # every finished run below runs/ -> figures/*.png and figures/results.md
 
-dynamics.png: accuracy, log-ratios, the probability that weights the gradient, and pi_hat/pi on incorrect trajectories.
-prolonged.png: log-ratios, accuracy, and how often pi and pi_hat fell below 0.2 on incorrect training rows.
-Where the runs have several settings, the first shows the one with the fewest steps, and the second the one with the most
-(and, of those, with the fewest prompts).
-Several seeds become their mean and a band, its 95 % confidence interval (Student's t).
+Each function named `figure_…` draws one figure from those runs that it is about, and says nothing where there are none; its
+docstring is the figure's caption. Several seeds become their mean and its 95 % confidence interval (Student's t).
 """
 
 import argparse
-import csv
 import hashlib
+import itertools
 import json
-import sys
-from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -24,124 +19,69 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 
-METHOD = ("loss", "lam", "target")
+import claims
+from results import (
+    NAMES,
+    Run,
+    VersionError,
+    by,
+    by_method,
+    describe,
+    extrapolated,
+    final,
+    label,
+    main_runs,
+    mean_and_interval,
+    read_csv,
+    read_runs,
+    run_folders,
+    summary,
+    tokens,
+    tuned,
+    varying,
+    where,
+    with_file,
+)  # fmt: skip
+
 PI, PIHAT = r"$\bar{\pi}$", r"$\hat{\bar{\pi}}$"  # trajectory probability under the present and under the future policy
 CORRECTNESS = {"correct": "-", "incorrect": "--"}  # line styles
 # Okabe and Ito's palette, safe for colour-blind readers
-COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-T_QUANTILE = [np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 %, by degrees of freedom
+COLOURS = {
+    "off_rl": "#D55E00", "fpa": "#0072B2", "sft": "#009E73", "constant": "#CC79A7", "sharpened": "#E69F00", "grpo": "#000000",
+    "simper": "#56B4E9", "dpo": "#009E73", "rpo": "#CC79A7", "kto": "#E69F00", "a_star_po": "#56B4E9", "pessimistic": "#999999",
+    "reinforce": "#F0E442",
+}  # fmt: skip
 
 
-def read_run(folder):
-    """One run's config and its log as {column: array}. Raises ValueError that names what is missing or half-written."""
-    for name in ("config.json", "log.csv"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        text = (folder / "log.csv").read_text()
-        rows = list(csv.DictReader(text.splitlines()))
-        if not text.endswith("\n"):
-            raise ValueError("its last line is torn")
-        log = {column: np.array([float(row[column]) for row in rows]) for column in rows[0]}
-        last, steps = int(log["step"][-1]), config["steps"]
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"config.json or log.csv is half-written ({error})") from None
-    if last < steps:
-        raise ValueError(f"log.csv ends at step {last} of {steps}")
-    return config, log
+# --- panels
 
 
-def run_folders(root):
-    return sorted(path.parent for path in root.glob("**/config.json"))
-
-
-def read_runs(folders):
-    """{setting: {method: [(config, log) of each seed]}}; names on stderr what it leaves out."""
-    runs = {}
-    for folder in folders:
-        try:
-            config, log = read_run(folder)
-            setting = json.dumps({k: v for k, v in config.items() if k not in (*METHOD, "seed", "environment")}, sort_keys=True)
-            key = setting, tuple(config[name] for name in METHOD), config["seed"]
-            if key in runs:
-                raise ValueError("another folder holds a run of the same settings and seed")
-            runs[key] = config, log
-        except ValueError as error:
-            print(f"plots.py: left out {folder}: {error}", file=sys.stderr)
-    groups = {}
-    for (setting, method, _), run in sorted(runs.items(), key=order):
-        groups.setdefault(setting, {}).setdefault(method, []).append(run)
-    return groups
-
-
-def order(item):
-    """Settings with few steps first, then those with many prompts; Off-RL, then the others by name and λ; then by seed."""
-    (setting, (loss, lam, target), seed), (config, _) = item
-    return config["steps"], -config["prompts"], setting, loss != "off_rl", loss, lam, target or "", seed
-
-
-def label(method):
-    loss, lam, target = method
-    if loss == "off_rl":
-        return "Off-RL"
-    return f"FPA, λ = {lam:g}" + ("" if target == "both" else f", {target} only")
-
-
-def mean_and_interval(values):
-    """(seeds, ...) -> mean over seeds and half-width of its 95 % confidence interval (NaN for one seed)."""
-    values = np.asarray(values, dtype=float)
-    freedom = len(values) - 1
-    t = T_QUANTILE[freedom] if freedom < len(T_QUANTILE) else 1.96 + 2.5 / freedom  # the latter within 1 %
-    spread = values.std(axis=0, ddof=1) if freedom else np.full(values.shape[1:], np.nan)
-    return values.mean(axis=0), t * spread / np.sqrt(len(values))
-
-
-def summary(groups):
-    """Accuracy at the start, the best and the last evaluation of every run, and its mean and 95 % interval, as text."""
-    lines = []
-    for setting, methods in groups.items():
-        heads = ("start", "best", "final", "greedy start", "greedy final")
-        lines += [describe(setting), f"{'':20}{'seed':>5}" + "".join(f"{head:>15}" for head in heads)]
-        for method, runs in methods.items():
-            columns = [(log["accuracy"], log["accuracy_greedy"]) for _, log in runs]
-            table = np.array([[a[0], a.max(), a[-1], greedy[0], greedy[-1]] for a, greedy in columns])
-            for (config, _), values in zip(runs, table):
-                lines.append(f"{label(method):20}{config['seed']:>5}" + "".join(f"{v:>15.3f}" for v in values))
-            if len(runs) > 1:
-                cells = "".join(f"{f'{m:.3f} ± {h:.3f}':>15}" for m, h in zip(*mean_and_interval(table)))
-                lines.append(f"{label(method):20}{'mean':>5}{cells}")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def describe(setting):
-    c = json.loads(setting)
-    return (
-        f"{c['prompts']} prompts × {c['rollouts']} rollouts, {c['ops']} operations, {c['steps']} steps, lr {c['lr']:g}, "
-        f"accuracy at T = {c['eval_temperature']:g}"
-    )
+def draw(axis, runs, values, colour, style="-", x=lambda log: log["step"], band=True):
+    """One curve: the mean over seeds of values(log), with the band of its interval."""
+    mean, half = mean_and_interval([values(run.log) for run in runs])
+    at = np.mean([x(run.log) for run in runs], axis=0)
+    axis.plot(at, mean, color=colour, linestyle=style, linewidth=1.8)
+    if len(runs) > 1 and band:
+        axis.fill_between(at, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
 
 
 def coloured(methods):
-    """(colour, method, runs) of every method; Off-RL's colour is its own, also where it is missing."""
-    others = cycle(COLOURS[1:])
-    return [(COLOURS[0] if method[0] == "off_rl" else next(others), method, runs) for method, runs in methods.items()]
-
-
-def draw(axis, runs, values, colour, style="-"):
-    """One curve: the mean over seeds of values(log), with its band."""
-    steps = runs[0][1]["step"]
-    mean, half = mean_and_interval([values(log) for _, log in runs])
-    axis.plot(steps, mean, color=colour, linestyle=style, linewidth=1.8)
-    if len(runs) > 1:
-        axis.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
+    """(colour, method, runs) of every method; where two have one loss, the later ones take colours that are still free."""
+    free = [colour for colour in dict.fromkeys(COLOURS.values()) if colour not in {COLOURS[method[0]] for method in methods}]
+    taken, triples = set(), []
+    for method, runs in methods.items():
+        colour = COLOURS[method[0]]
+        if colour in taken:
+            colour = free.pop(0) if free else "#777777"
+        taken.add(colour)
+        triples.append((colour, method, runs))
+    return triples
 
 
 def panel_accuracy(axis, methods):
     for colour, _, runs in coloured(methods):
         draw(axis, runs, lambda log: log["accuracy"], colour)
-        axis.axhline(np.mean([log["accuracy"][0] for _, log in runs]), color="0.6", linewidth=0.8, zorder=0)
+        axis.axhline(np.mean([run.log["accuracy"][0] for run in runs]), color="0.6", linewidth=0.8, zorder=0)
     axis.set(title="Accuracy on test problems", ylabel="pass@1", ylim=(0, 1))
 
 
@@ -156,11 +96,10 @@ def panel_logratios(axis, methods):
 
 
 def panel_coefficient(axis, methods):
-    for colour, (_, _, target), runs in coloured(methods):
+    for colour, _, runs in coloured(methods):
         for kind, style in CORRECTNESS.items():
-            policy = "pihat" if target in ("both", kind) else "pi"  # Off-RL's target is None
-            draw(axis, runs, lambda log: log[f"{policy}_{kind}"], colour, style)
-    axis.set(title="Probability that weights the gradient", ylabel=f"{PI} (Off-RL), {PIHAT} (FPA)", ylim=(0, 1))
+            draw(axis, runs, lambda log: log[f"coefficient_{kind}"], colour, style)
+    axis.set(title="Coefficient of the gradient", ylabel=r"weight of $\nabla$ logp_mean", ylim=(0, None))
 
 
 def panel_ratio(axis, methods):
@@ -172,69 +111,405 @@ def panel_ratio(axis, methods):
 def panel_below(axis, methods):
     for colour, method, runs in coloured(methods):
         draw(axis, runs, lambda log: log["below_0.2_pi"] / 1000, colour, "-")
-        if method[0] != "off_rl":
+        if method[1]:
             draw(axis, runs, lambda log: log["below_0.2_pihat"] / 1000, colour, ":")
     axis.set(title="Incorrect training rows below 0.2", ylabel="running count [thousands]")
     axis.legend(handles=[Line2D([], [], color="0.3", linestyle=s, label=n) for n, s in ((PI, "-"), (PIHAT, ":"))], fontsize=10)
 
 
-FIGURES = {
-    "dynamics.png": (0, (2, 2), [panel_accuracy, panel_logratios, panel_coefficient, panel_ratio]),
-    "prolonged.png": (-1, (1, 3), [panel_logratios, panel_accuracy, panel_below]),
-}
+def panel_grad_norm(axis, methods):
+    for colour, _, runs in coloured(methods):
+        draw(axis, runs, lambda log: log["grad_norm"], colour)
+    axis.set(title="Gradient norm before clipping at 1", ylabel="mean since the last evaluation", yscale="log")
 
 
-def fingerprint(methods):
-    """Of the logs behind a figure; stored in the PNG, so that a test can tell whether a committed figure is theirs."""
-    rows = [
-        (config, {name: column.tolist() for name, column in log.items()}) for runs in methods.values() for config, log in runs
+def panel_dots(axis, methods, values=final):
+    """A row a method: a dot a seed, and the mean with its interval."""
+    rows = list(coloured(methods))[::-1]
+    for y, (colour, _, runs) in enumerate(rows):
+        numbers = [values(run) for run in runs]
+        mean, half = mean_and_interval(numbers)
+        axis.plot(numbers, [y] * len(numbers), "o", color=colour, alpha=0.35, markersize=5, markeredgewidth=0)
+        axis.errorbar(
+            mean, y, xerr=None if np.isnan(half) else half, fmt="|", color=colour, markersize=14, capsize=3, linewidth=1.8
+        )
+    axis.set_yticks(range(len(rows)), [label(method) for _, method, _ in rows], fontsize=8)
+    axis.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), xlabel="pass@1")
+    axis.grid(axis="x", alpha=0.3)
+
+
+# --- figures: each returns (figure, the runs behind it, and what its title adds), or None
+
+
+def canvas(height, width, row_height=3.4):
+    figure, axes = plt.subplots(height, width, figsize=(10, row_height * height), layout="constrained", squeeze=False)
+    return figure, list(axes.flat)
+
+
+def over_steps(panels, height, width, methods):
+    """Panels over training steps, with one legend."""
+    figure, axes = canvas(height, width)
+    for axis, panel in zip(axes, panels):
+        panel(axis, methods)
+        axis.set_xlabel("training step")
+        axis.locator_params(axis="x", nbins=5)
+    colours = [Line2D([], [], color=c, label=label(m)) for c, m, _ in coloured(methods)]
+    styles = [Line2D([], [], color="0.3", linestyle=s, label=f"{kind} trajectories") for kind, s in CORRECTNESS.items()]
+    figure.legend(handles=colours + styles, loc="outside lower center", ncols=4)
+    return figure
+
+
+def few(runs):
+    """At most six methods: all, or Off-RL and FPA at λ = 2 where there are more."""
+    if len(by_method(runs)) > 6:
+        runs = where(runs, loss="off_rl") + where(runs, loss="fpa", lam=2.0, target="both") or where(
+            runs, loss=runs[0].config["loss"]
+        )
+    return runs
+
+
+def figure_dynamics(runs):
+    """Accuracy, log-ratios, the coefficient that weights the gradient, and the brake, over training steps."""
+    chosen = few(main_runs(runs))
+    return over_steps([panel_accuracy, panel_logratios, panel_coefficient, panel_ratio], 2, 2, by_method(chosen)), chosen
+
+
+def figure_prolonged(runs):
+    """Log-ratios, accuracy and running counts over the longest training."""
+    most = max(run.config["steps"] for run in runs)
+    chosen = few(main_runs(where(runs, steps=most)))
+    return over_steps([panel_logratios, panel_accuracy, panel_below], 1, 3, by_method(chosen)), chosen
+
+
+def figure_targets(runs):
+    """Targeted FPA: the future policy's coefficient on correct rows only, on incorrect rows only, and on both."""
+    main = main_runs(runs)
+    targeted = where(main, loss="fpa", target=("correct", "incorrect"))
+    if not targeted:
+        return None
+    chosen = where(main, loss="off_rl") + where(main, loss="fpa", lam=targeted[0].config["lam"])
+    return over_steps([panel_logratios, panel_accuracy, panel_grad_norm], 1, 3, by_method(chosen)), chosen
+
+
+LAST_OR_BEST = {"Final accuracy": final, "Best accuracy": lambda run: run.log["accuracy"].max()}
+
+
+def figure_lambda(runs):
+    """Accuracy against how far the coefficient extrapolates; λ = 0 is Off-RL."""
+    chosen = [run for run in where(main_runs(runs), loss=("off_rl", "fpa")) if run.config["target"] in (None, "both")]
+    lams = by(sorted(chosen, key=lambda run: run.config["lam"]), lambda run: run.config["lam"])
+    if len(lams) < 3:
+        return None
+    figure, axes = canvas(1, 2)
+    for axis, (title, value) in zip(axes, LAST_OR_BEST.items()):
+        table = [[value(run) for run in some] for some in lams.values()]
+        means, halves = zip(*(mean_and_interval(numbers) for numbers in table))
+        for x, numbers in enumerate(table):
+            axis.plot([x] * len(numbers), numbers, "o", color=COLOURS["fpa"], alpha=0.35, markeredgewidth=0)
+        axis.errorbar(range(len(lams)), means, halves, color=COLOURS["fpa"], capsize=3, linewidth=1.8)
+        axis.set_xticks(range(len(lams)), [f"{lam:g}" for lam in lams])
+        axis.set(title=title, xlabel="λ (not to scale)", ylabel="pass@1", ylim=(0, 1))
+    return figure, chosen
+
+
+def figure_entanglement(runs):
+    """Gradients of a correct and an incorrect trajectory of one problem: norms, inner product, cosine, share with g > a."""
+    chosen = with_file(main_runs(runs), "entanglement.csv")
+    if not chosen:
+        return None
+    methods = by_method(chosen)
+    figure, axes = canvas(1, 3)
+    for colour, _, some in coloured(methods):
+        tables = [Run(run.folder, run.config, read_csv(run.folder / "entanglement.csv")) for run in some]
+        for column, style in (("a", "-"), ("b", "--"), ("g", ":")):
+            draw(axes[0], tables, lambda log: log[column], colour, style, band=False)  # which would hide the curves
+        draw(axes[1], tables, lambda log: log["cosine"], colour)
+        draw(axes[2], tables, lambda log: log["share_g_above_a"], colour)
+    symbols = {r"$a=\|\nabla\log\pi(y_w)\|^2$": "-", r"$b=\|\nabla\log\pi(y_l)\|^2$": "--", r"$g$, their inner product": ":"}
+    axes[0].legend(handles=[Line2D([], [], color="0.3", linestyle=s, label=n) for n, s in symbols.items()], fontsize=8)
+    axes[0].set(title="Squared norms and inner product", ylabel="mean over pairs")
+    axes[0].set_yscale("symlog", linthresh=100)
+    axes[1].set(title="Cosine of the two gradients", ylabel="mean over pairs", ylim=(-0.3, 1))
+    axes[2].set(title="Pairs with g > a", ylabel="share", ylim=(0, 1))
+    for axis in axes:
+        axis.set_xlabel("training step")
+        axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    figure.legend(
+        handles=[Line2D([], [], color=c, label=label(m)) for c, m, _ in coloured(methods)], loc="outside lower center", ncols=4
+    )
+    return figure, chosen
+
+
+def figure_losses(runs):
+    """Every loss, at its own best learning rate where other seeds chose one: a dot a seed, the mean and its interval."""
+    chosen = [run for some in tuned(runs).values() for run in some] or main_runs(runs)
+    if len(by(chosen, lambda run: run.config["loss"])) < 3:
+        return None
+    figure, axes = canvas(1, 2, row_height=0.4 * len(by_method(chosen)) + 1)
+    for axis, (title, value) in zip(axes, LAST_OR_BEST.items()):
+        panel_dots(axis, by_method(chosen), value)
+        axis.set_title(title)
+    lrs = {method: some[0].config["lr"] for method, some in by_method(chosen).items()}
+    axes[0].set_yticks(range(len(lrs)), [f"{label(m)}  (lr {lr:g})" for m, lr in list(lrs.items())[::-1]], fontsize=8)
+    axes[1].set_yticklabels([])
+    return figure, chosen
+
+
+def figure_controls(runs):
+    """FPA beside what it might be mistaken for: a constant weight, a sharpened present coefficient, correct rows alone."""
+    main = main_runs(runs)
+    controls = where(main, loss=("constant", "sharpened", "sft"))
+    if not where(controls, loss=("constant", "sharpened")):
+        return None
+    lams = {run.config["lam"] for run in where(controls, loss="sharpened")} or {2.0}
+    chosen = where(main, loss="off_rl") + where(main, loss="fpa", lam=tuple(lams), target=("both", "incorrect")) + controls
+    figure, (left, right) = canvas(1, 2)
+    panel_accuracy(left, by_method(chosen))
+    left.set_xlabel("training step")
+    panel_dots(right, by_method(chosen))
+    right.set_title("Final accuracy")
+    return figure, chosen
+
+
+def figure_prompts(runs):
+    """Final accuracy against the number of training prompts, the same number of steps each."""
+    methods = by_method(varying(runs, "prompts"))
+    methods = {m: some for m, some in methods.items() if len({run.config["prompts"] for run in some}) > 1}
+    if not methods:
+        return None
+    figure, (axis,) = canvas(1, 1, row_height=4)
+    for colour, method, some in coloured(methods):
+        numbers = by(sorted(some, key=lambda run: run.config["prompts"]), lambda run: run.config["prompts"])
+        means, halves = zip(*(mean_and_interval([final(run) for run in seeds]) for seeds in numbers.values()))
+        axis.errorbar(list(numbers), means, halves, color=colour, capsize=3, linewidth=1.8, label=label(method))
+        for prompts, seeds in numbers.items():
+            axis.plot([prompts] * len(seeds), [final(run) for run in seeds], "o", color=colour, alpha=0.35, markeredgewidth=0)
+    ticks = sorted({run.config["prompts"] for some in methods.values() for run in some})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
+    axis.set(xlabel="training prompts (8 rollouts each)", ylabel="final pass@1", ylim=(0, 1))
+    axis.legend(loc="lower right")
+    return figure, [run for some in methods.values() for run in some]
+
+
+def figure_cost(runs):
+    """Accuracy against what it cost: completion tokens sampled and trained on, and seconds of sampling and training."""
+    main = main_runs(runs)
+    if not where(main, loss="grpo"):
+        return None
+    chosen = where(main, loss=("off_rl", "grpo")) + where(main, loss="fpa", lam=2.0, target="both")
+    figure, axes = canvas(1, 2)
+    costs = {
+        "millions of completion tokens sampled or trained on": lambda log: tokens(log) / 1e6,
+        "seconds of sampling and training": lambda log: log["seconds"],
+    }
+    for axis, (title, x) in zip(axes, costs.items()):
+        for colour, _, some in coloured(by_method(chosen)):
+            draw(axis, some, lambda log: log["accuracy"], colour, x=x)
+        axis.set(xlabel=title, ylabel="pass@1", ylim=(0, 1))
+    handles = [Line2D([], [], color=c, label=label(m)) for c, m, _ in coloured(by_method(chosen))]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure, chosen
+
+
+def diagnosed(runs):
+    """{lr: [run]} of the runs that the extrapolation figures show: FPA's at λ = 2, or the first method's where it has none."""
+    chosen = with_file(varying(runs, "lr"), "extrapolation.csv")
+    chosen = where(chosen, loss="fpa", lam=2.0, target="both") or [run for run in chosen if run.method == chosen[0].method]
+    return by(chosen, lambda run: run.config["lr"])
+
+
+def extrapolation_panels(runs):
+    """Figure, axes, and for each panel (axis, lr, t, [later], [lam], {(later, lam): log2 of the KL ratio, mean over seeds})."""
+    groups = diagnosed(runs)
+    starts = [
+        t for t in (20, 40, 80, 320) if all((t, 2 * t, 1) in extrapolated(run) for some in groups.values() for run in some)
     ]
+    if not groups or not starts:
+        return None
+    figure, axes = canvas(len(groups), len(starts), row_height=3)
+    panels = []
+    for row, (lr, some) in enumerate(groups.items()):
+        pairs = [extrapolated(run) for run in some]
+        for column, t in enumerate(starts):
+            means = {key[1:]: np.mean([np.log2(np.divide(*p[key])) for p in pairs]) for key in pairs[0] if key[0] == t}
+            laters, lams = (sorted({key[i] for key in means}) for i in range(2))
+            axis = axes[len(starts) * row + column]
+            axis.set(title=f"lr {lr:g}, t = {t}", xlabel="look-ahead t′/t")
+            panels.append((axis, lr, t, laters, lams, means))
+    return figure, [run for some in groups.values() for run in some], panels
+
+
+def figure_extrapolation(runs):
+    """Distance of the future policy of step t from the policy of t′, over the present one's; a ring marks t′ = (1 + λ) t."""
+    if not (made := extrapolation_panels(runs)):
+        return None
+    figure, chosen, panels = made
+    for axis, _, t, laters, _, means in panels:
+        for index, lam in enumerate((0.5, 1, 2, 5)):
+            colour, curve = plt.get_cmap("viridis")(index / 3.5), [2 ** means[later, lam] for later in laters]
+            axis.plot([later / t for later in laters], curve, color=colour, marker=".", label=f"λ = {lam:g}")
+            if (1 + lam) * t in laters:
+                axis.plot(1 + lam, curve[laters.index((1 + lam) * t)], "o", color=colour, markerfacecolor="none", markersize=11)
+        axis.axhline(1, color="0.3", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlim=(1.2, 50))
+        axis.set_xticks([1.5, 3, 6, 12, 24, 48], ["1.5", "3", "6", "12", "24", "48"])
+        axis.minorticks_off()
+    panels[0][0].set_ylabel("KL from π at t′:\nfuture policy / present policy")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure, chosen
+
+
+def figure_extrapolation_map(runs):
+    """Blue: the future policy of step t is nearer to the policy of t′ than the present one is, a forecast. Red: farther."""
+    if not (made := extrapolation_panels(runs)):
+        return None
+    figure, chosen, panels = made
+    for axis, _, t, laters, lams, means in panels:
+        grid = [[means[later, lam] for later in laters] for lam in lams]
+        image = axis.pcolormesh(range(len(laters) + 1), range(len(lams) + 1), grid, cmap="RdBu_r", vmin=-4, vmax=4)
+        axis.set_xticks(np.arange(len(laters)) + 0.5, [f"{later / t:.3g}" for later in laters], fontsize=7, rotation=90)
+        axis.set_yticks(np.arange(len(lams)) + 0.5, [f"{lam:g}" for lam in lams])
+        hits = [(laters.index((1 + lam) * t) + 0.5, i + 0.5) for i, lam in enumerate(lams) if (1 + lam) * t in laters]
+        axis.plot(*zip(*hits), "k.-", linewidth=1)  # t' = (1 + lam) t
+    panels[0][0].set_ylabel("λ")
+    axes = [panel[0] for panel in panels]
+    figure.colorbar(image, ax=axes, label="log₂ of KL from π at t′,\nfuture / present policy", shrink=0.8)
+    return figure, chosen
+
+
+def figure_forecast(runs):
+    """Does π̂ of step t forecast π of t′ = (1 + λ) t? By whole distributions, sampled tokens and trajectories' coefficients."""
+    groups = diagnosed(runs)
+    kinds = {
+        "kl": "KL",
+        "tv": "Total variation",
+        "token_error": "Sampled tokens' |Δ logp|",
+        "coefficient_error": "Coefficients",
+    }
+    lams, styles = (0.5, 1, 2), dict(zip(groups, ("-", "--", ":", "-.")))
+    if not groups or len(groups) > len(styles):
+        return None
+    figure, axes = canvas(2, 3)
+    for axis, column in zip(axes, [*kinds, "coefficient_rank"]):
+        for (lr, style), (index, lam) in itertools.product(styles.items(), enumerate(lams)):
+            tables = [extrapolated(run, column) for run in groups[lr]]
+            starts = [t for t, later, at in tables[0] if at == lam and later == (1 + lam) * t]
+            if not starts:
+                continue
+            future, present = np.array([[table[t, (1 + lam) * t, lam] for t in starts] for table in tables]).mean(0).T
+            colour = plt.get_cmap("viridis")(index / 2.5)
+            if column == "coefficient_rank":
+                axis.plot(starts, future - present, style, color=colour, marker=".")
+            else:
+                ratios = [[np.log(np.divide(*table[t, (1 + lam) * t, lam])) for t in starts] for table in tables]
+                axis.plot(starts, np.exp(np.mean(ratios, axis=0)), style, color=colour, marker=".")
+        axis.set(xscale="log", xlabel="t", title=kinds.get(column, "Rank correlation of coefficients"))
+        axis.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
+        axis.axhline(0 if column == "coefficient_rank" else 1, color="0.3", linewidth=0.8)
+        axis.set_ylabel("future − present" if column == "coefficient_rank" else "future / present")
+        if column != "coefficient_rank":
+            axis.set_yscale("log")
+            axis.set_yticks([0.1, 0.3, 1, 3, 10, 30, 100], ["0.1", "0.3", "1", "3", "10", "30", "100"])
+        axis.minorticks_off()
+    axes[5].set_visible(False)
+    handles = [Line2D([], [], color=plt.get_cmap("viridis")(i / 2.5), label=f"λ = {lam:g}") for i, lam in enumerate(lams)]
+    handles += [Line2D([], [], color="0.3", linestyle=style, label=f"lr {lr:g}") for lr, style in styles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5)
+    return figure, [run for some in groups.values() for run in some]
+
+
+ALPHABET = "0123456789+-*=?;#"  # of toy_math/tokenizer.py
+
+
+def figure_tokens(runs):
+    """Each token's log-ratio in a correct and an incorrect trace of one problem, under Off-RL and FPA, at several steps."""
+    chosen = few([run for run in with_file(main_runs(runs), "tokens.csv") if run.config["loss"] in ("off_rl", "fpa")])
+    chosen = [run for run in chosen if run.config["seed"] == chosen[0].config["seed"]]
+    if len(chosen) < 2:
+        return None
+    figure, axes = canvas(2, 1, row_height=3)
+    for axis, side in zip(axes, CORRECTNESS):
+        lines, names = [], []
+        for run in chosen:
+            table = read_csv(run.folder / "tokens.csv")
+            at = (table["pair"] == 0) & (table["side"] == side)
+            steps = table["step"][at]
+            shown = [steps[np.abs(steps - share * steps[-1]).argmin()] for share in (0.05, 0.1, 0.2, 0.5, 1)]
+            for step in dict.fromkeys(shown):
+                (i,) = np.flatnonzero(at & (table["step"] == step))
+                lines.append([float(ratio) for ratio in table["logratios"][i].split()])
+                names.append(f"{NAMES[run.config['loss']]}  step {step:.0f}")
+        image = axis.imshow(lines, aspect="auto", cmap="RdBu", vmin=-4, vmax=4)
+        characters = [(ALPHABET + "▪▪▪")[int(token)] for token in table["tokens"][i].split()]  # ▪: EOS
+        axis.set_xticks(range(len(characters)), characters, fontsize=8, family="monospace")
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.axhline(len(names) / 2 - 0.5, color="black", linewidth=1)
+        if side == "incorrect":
+            first = table["first_wrong"][i]
+            axis.add_patch(plt.Rectangle((first - 0.5, -0.5), 1, len(names), fill=False, edgecolor="black", linewidth=2))
+        axis.set_title(f"{side} trace" + (", its first wrong token outlined" if side == "incorrect" else ""))
+        axis.tick_params(length=0)
+    figure.colorbar(image, ax=list(axes), label="log-ratio of the token [nats], cut at ±4", shrink=0.8)
+    return figure, chosen
+
+
+MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast")  # and no intervals
+FIGURES = {name.removeprefix("figure_"): function for name, function in list(globals().items()) if name.startswith("figure_")}
+
+
+def fingerprint(runs):
+    """Of the logs behind a figure; stored in the PNG, so that a test can tell whether a committed figure is theirs."""
+    rows = [(run.config, {name: column.tolist() for name, column in run.log.items()}) for run in runs]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def draw_figures(groups, to):
-    """Draw every figure from what `read_runs` gave into the folder `to`; prints what was drawn from what."""
-    groups = list(groups.items())
+def draw_figures(runs, to):
+    """Draw every figure that the runs have something for into the folder `to`; prints what was drawn from what."""
     to.mkdir(parents=True, exist_ok=True)
-    for name, (which, (height, width), panels) in FIGURES.items():
-        setting, methods = groups[which]
-        figure, axes = plt.subplots(height, width, figsize=(10, 3.4 * height), layout="constrained")
-        for axis, panel in zip(axes.flat, panels):
-            panel(axis, methods)
-            axis.title.set_fontsize(11)
-            axis.set_xlabel("training step")
-            axis.locator_params(axis="x", nbins=5)
+    for name, function in FIGURES.items():
+        if not (drawn := function(runs)):
+            continue
+        figure, chosen = drawn
+        for axis in figure.axes:
+            axis.title.set_fontsize(10)
             axis.spines[["top", "right"]].set_visible(False)
-        seeds = sorted({len(runs) for runs in methods.values()})
-        counted = f"{'–'.join(map(str, seeds))} seed{'s: mean and 95 % interval' if seeds[-1] > 1 else ''}"
-        colours = [Line2D([], [], color=c, label=label(m)) for c, m, _ in coloured(methods)]
-        styles = [Line2D([], [], color="0.3", linestyle=s, label=f"{kind} trajectories") for kind, s in CORRECTNESS.items()]
-        figure.legend(handles=colours + styles, loc="outside lower center", ncols=4)
-        figure.suptitle(f"{describe(setting)}\n{counted}", fontsize=10)
-        figure.savefig(to / name, dpi=110, metadata={"Description": fingerprint(methods)})
+        seeds = sorted({len(some) for some in by(chosen, lambda run: (run.setting, run.method)).values()})
+        counted = f"{'–'.join(map(str, seeds))} seed{'s' if seeds[-1] > 1 else ''}"
+        if seeds[-1] > 1:
+            counted += ": mean" if name in MEANS_ONLY else ": mean and 95 % interval"
+        settings = by(chosen, lambda run: run.setting)
+        setting = describe(chosen[0].config) if len(settings) == 1 else f"{len(settings)} settings"
+        figure.suptitle(f"{function.__doc__.splitlines()[0]}\n{setting}; {counted}", fontsize=9)
+        figure.savefig(to / f"{name}.png", dpi=110, metadata={"Description": fingerprint(chosen)})
         plt.close(figure)
-        print(f"figure        {to / name}   ({counted}; {describe(setting)})")
+        print(f"figure        {to / name}.png   ({counted}; {setting})")
 
 
 def run(argv=None):
-    """The command: print the summary and draw the figures, or one line on stderr and exit code 2."""
+    """The command: print the summary, draw the figures, write results.md, or one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     parser.add_argument("runs", nargs="?", default=Path("runs"), type=Path, help="folder whose runs are drawn")
-    parser.add_argument("--to", default=Path("figures"), type=Path, help="folder that the figures are written to")
+    parser.add_argument("--to", default=Path("figures"), type=Path, help="folder that the figures and results.md go to")
     args = parser.parse_args(argv)
     if not args.runs.is_dir():
         parser.error(f"{args.runs} is not a folder")
-    groups = read_runs(run_folders(args.runs))
-    if not groups:
-        parser.error(f"no finished run below {args.runs}")
-    print(summary(groups))
     try:
-        draw_figures(groups, args.to)
+        runs = read_runs(run_folders(args.runs))
+    except VersionError as error:
+        parser.error(str(error))
+    if not runs:
+        parser.error(f"no finished run below {args.runs}")
+    print(summary(runs))
+    try:
+        draw_figures(runs, args.to)
+        (args.to / "results.md").write_text(claims.results(runs))
     except OSError as error:
         parser.error(f"argument --to: {error}")
+    print(f"results       {args.to / 'results.md'}")
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ def test_peak_memory_holds_the_reference_of_fpa_only():
 
 def test_the_main_job_is_timed_by_stage(tmp_path):
     whole, cached = bench.time_to_result(tmp_path, quick=True)
-    assert re.search(r"base model \d.*rollouts \d.*reference \d.*offline RL", whole[1])
-    assert "base model" not in cached[1] and "offline RL" in cached[1]
+    assert re.search(r"base model \d.*rollouts \d.*reference \d.*training steps", whole[1])
+    assert "base model" not in cached[1] and "training steps" in cached[1]
 
 
 def test_peers_that_are_not_installed(monkeypatch):

@@ -1,6 +1,5 @@
 """README.md against the code and the committed logs: its commands, paths, pasted output, code, table and findings."""
 
-import json
 import re
 import shlex
 import shutil
@@ -8,10 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import claims
+import options
 import plots
+import results
+import stages
 import train
 
 README = Path("README.md").read_text()
@@ -19,7 +23,8 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
 COMMANDS = [
     line for language, block in BLOCKS if not language for line in block.splitlines() if re.match(r"(pip|python) ", line)
 ]
-GROUPS = plots.read_runs(plots.run_folders(Path("logs")))
+RUNS = results.read_runs(results.run_folders(Path("logs")))
+MAIN = results.main_runs(RUNS)
 
 
 def block_with(text):
@@ -38,7 +43,7 @@ def test_commands_parse(command, tmp_path):
     for part in command.split("&&"):
         words = shlex.split(part, comments=True)
         if words[:2] == ["python", "train.py"]:
-            train.parse_args(words[2:])
+            options.parse_args(words[2:])
         else:
             assert words[0] == "pip" or words[1] == "-m" or Path(words[1]).is_file()
     assert command.startswith(("pip", "python"))
@@ -68,9 +73,23 @@ def test_flags_in_the_text_exist():
         assert any(flag in text for text in helps)
 
 
+def first_cells(heading):
+    """The names in the first cells of the table below a heading."""
+    table = re.search(rf"{re.escape(heading)}[\s\S]*?((?:^\|.*\n)+)", README, flags=re.M)[1]
+    cells = [re.split(r"(?<!\\)\|", line)[1] for line in table.splitlines()[2:]]
+    return re.findall(r"`([\w.]+)`", " ".join(cells))
+
+
 def test_the_glossary_is_the_log():
-    named = re.findall(r"`([\w.]+)`", " ".join(re.findall(r"^\| (`[^|]*) \|", README, flags=re.M)))
-    assert named == train.COLUMNS
+    assert first_cells("## What the columns of log.csv mean") == train.COLUMNS
+
+
+def test_the_table_of_coefficients_has_every_loss():
+    assert first_cells("and r01 = 1 if correct") == list(train.LOSSES)
+    rows = [line for line in README.splitlines() if line.startswith("| `") and line.endswith((" yes |", " no |"))]
+    for name in train.LOSSES:
+        (row,) = [row for row in rows if f"`{name}`" in row.split("|")[1]]
+        assert row.endswith(" yes |") == (name in options.WITH_FPA_FORM)
 
 
 def test_code_is_the_shipped_code():
@@ -85,47 +104,122 @@ def test_pasted_task_is_what_the_command_prints():
 
 
 def test_pasted_output_is_the_committed_run():
-    (default,) = [methods for setting, methods in GROUPS.items() if '"steps": 1000' in setting]
-    ((_, log),) = [run for run in default["fpa", 2.0, "both"] if run[0]["seed"] == 0]
-    rows = [{name: column[i] for name, column in log.items()} for i in range(len(log["step"]))]
+    (run,) = results.where(MAIN, loss="fpa", lam=2.0, target="both", seed=0)
+    rows = [{name: column[i] for name, column in run.log.items()} for i in range(len(run.log["step"]))]
     expected = [train.progress_line({**row, "step": int(row["step"])}, 1000, 0).split("ETA")[0] for row in rows]
     pasted = [line.split("ETA")[0] for line in block_with("ETA").splitlines() if line.startswith("step")]
     assert len(pasted) > 5 and all(line in expected for line in pasted)
+    assert results.summary([run]).strip() in block_with("ETA") and run.folder.name in block_with("ETA")
 
 
-def test_the_table_is_the_committed_logs():
-    table = README.split("<!-- results: python plots.py logs/ -->\n```\n")[1].split("```")[0]
-    assert table.strip() == plots.summary(GROUPS).strip()
+# --- the runs
+
+
+def test_the_logs_are_those_of_the_commands(tmp_path):
+    names = {
+        name
+        for commands in claims.EXPERIMENTS.values()
+        for words in commands
+        for name in options.run_settings(options.parse_args([*words.split(), "--out", str(tmp_path)]))
+    }
+    assert names >= {run.folder.name for run in RUNS}
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.folder.name)
+def test_a_run_is_named_by_its_settings(run):
+    settings = {k: v for k, v in run.config.items() if k not in ("measured", "environment")}
+    assert run.folder.name.endswith("-" + stages.digest(settings)) and run.config["environment"]["threads"] == 1
+
+
+def test_each_loss_ran_at_its_best_learning_rate():
+    tuned = results.tuned(RUNS)
+    assert tuned.keys() == results.best_settings(RUNS).keys()
+    for runs in tuned.values():
+        assert [run.config["seed"] for run in runs] == [0, 1, 2, 3, 4]
+
+
+def test_the_constant_is_the_average_coefficient_of_fpa():
+    runs = results.where(MAIN, loss="fpa", lam=2.0, target="incorrect")
+    assert claims.WEIGHT == float(f"{claims.per_seed(runs, claims.average_coefficient).mean():.2g}")
+
+
+def test_the_claims_table_is_that_of_the_committed_logs():
+    written = Path("logs/figures/results.md").read_text()
+    assert written == claims.results(RUNS)
+    table = written.split("## Claims\n")[1].split("## Commands")[0].strip()
+    assert table in README and table.count("\n| C") == 17
 
 
 @pytest.mark.parametrize("name", plots.FIGURES)
 def test_figures_are_those_of_the_committed_logs(name):
-    drawn_from = list(GROUPS.values())[plots.FIGURES[name][0]]
-    assert Image.open(f"logs/figures/{name}").text["Description"] == plots.fingerprint(drawn_from)
+    if not (drawn := plots.FIGURES[name](RUNS)):
+        pytest.skip("its runs are not there yet")
+    figure, chosen = drawn
+    plots.plt.close(figure)
+    assert Image.open(f"logs/figures/{name}.png").text["Description"] == plots.fingerprint(chosen)
+    assert f"(logs/figures/{name}.png)" in README
 
 
-@pytest.mark.parametrize("setting", GROUPS)
-def test_the_claims_in_the_text_hold_on_the_committed_logs(setting):
-    config, methods = json.loads(setting), GROUPS[setting]
-    off_rl, fpa = (methods[method] for method in (("off_rl", 0.0, None), ("fpa", 2.0, "both")))
-    assert [c["seed"] for c, _ in off_rl] == [c["seed"] for c, _ in fpa] == [0, 1, 2, 3, 4]
-    for (_, baseline), (_, ours) in zip(off_rl, fpa):
-        start, off_rl_ends, fpa_ends = ours["accuracy"][0], baseline["accuracy"][-1], ours["accuracy"][-1]
-        assert baseline["accuracy"][0] == start and fpa_ends > off_rl_ends
-        assert ours["logratio_correct"][-1] > baseline["logratio_correct"][-1]
-        for log in (baseline, ours):
-            assert log["accuracy_greedy"][0] == 1 > log["accuracy_greedy"][-1]
-        assert (
-            ours["pihat_correct"].min() < 0.6 * ours["pihat_correct"][0]
-            and ours["pihat_correct"][-1] > ours["pihat_correct"].min()
-        )
-        assert ours["accuracy"].max() > baseline["accuracy"].max()
-        if config["prompts"] == 1024:
-            assert baseline["accuracy"].max() > start + 0.05
-        if config["steps"] == 4000:
-            assert (
-                fpa_ends > start > off_rl_ends
-                and 0 < ours["accuracy"].max() - fpa_ends < baseline["accuracy"].max() - off_rl_ends
-            )
-        if config["prompts"] == 768:
-            assert off_rl_ends < start / 2
+# --- the findings
+
+
+def log_ratios(lr):
+    """{(t, lam): log of the KL's ratio, future over present policy, at t' = (1 + lam) t (seeds,)}."""
+    runs = results.where(results.varying(RUNS, "lr"), loss="fpa", lam=2.0, target="both", lr=lr)
+    tables = [results.extrapolated(run) for run in results.with_file(runs, "extrapolation.csv")]
+    assert len(tables) == 5
+    keys = [(t, later, lam) for t, later, lam in tables[0] if later == (1 + lam) * t]
+    return {(t, lam): np.log([np.divide(*table[t, later, lam]) for table in tables]).mean() for t, later, lam in keys}
+
+
+def test_where_the_extrapolation_is_a_forecast():
+    slow, fast = log_ratios(2e-5), log_ratios(2e-4)
+    assert all(value < 0 for (t, lam), value in slow.items() if t <= 160 and lam <= 2)
+    assert all(value < 0 for (t, lam), value in fast.items() if t == 10 and lam < 2)
+    assert all((value < 0) <= (t <= 20 and lam < 2) for (t, lam), value in fast.items())
+    assert all(value > 0 for (t, _), value in fast.items() if t >= 40)
+    assert 80 < np.exp(fast[320, 2]) < 130
+
+
+TABLE = {name: measured for name, (_, measured, _) in claims.claims(RUNS).items()}
+
+
+def side_of_zero(name, number):
+    """+1 or -1 where the whole interval of a claim's number is on one side of zero, else 0."""
+    mean, half = results.mean_and_interval(TABLE[name][number].values)
+    return np.sign(mean) * (abs(mean) > half)
+
+
+def test_the_controls():
+    assert [side_of_zero("C15", i) for i in range(3)] == [1, -1, 1]
+    assert all(abs(TABLE["C15"][i].values.mean()) < 0.05 < TABLE["C15"][0].values.mean() for i in (1, 2))
+    for run in results.where(MAIN, loss="constant"):
+        assert run.log["accuracy"].max() > results.final(run) + 0.05
+
+
+def test_rows_and_lambda():
+    assert TABLE["C9"][1].values.mean() > 0 and TABLE["C9"][1].supports()
+    runs = {lam: results.where(MAIN, loss="fpa", lam=lam, target="both") for lam in (0.5, 1.0, 2.0, 5.0, 10.0)}
+    finals = {lam: claims.per_seed(some, results.final) for lam, some in runs.items()}
+    assert max(finals, key=lambda lam: finals[lam].mean()) == 5
+    for lam, clear in ((0.5, True), (1.0, True), (5.0, False), (10.0, False)):
+        mean, half = results.mean_and_interval(finals[lam] - finals[2.0])
+        assert (abs(mean) > half) == clear and (not clear or mean < 0)
+    for run in results.where(MAIN, loss="fpa", target="correct"):
+        assert results.final(run) == 0 and run.log["grad_norm"][-1] < 1e-6
+
+
+def test_greedy_accuracy():
+    for run in MAIN:
+        start, end = run.log["accuracy_greedy"][0], run.log["accuracy_greedy"][-1]
+        assert start == 1 and ((end > 0.97) if run.config["loss"] in ("sft", "grpo") else end < 0.98)
+    assert side_of_zero("C16", 0) == -1
+
+
+def test_prolonged_training():
+    longest = results.where(RUNS, steps=4000)
+    off_rl, fpa = (results.where(longest, loss=loss) for loss in ("off_rl", "fpa"))
+    assert [run.config["seed"] for run in off_rl] == [run.config["seed"] for run in fpa] == [0, 1, 2, 3, 4]
+    for baseline, ours in zip(off_rl, fpa):
+        best, start, end = baseline.log["accuracy"].max(), baseline.log["accuracy"][0], results.final(baseline)
+        assert best > start > end and 0 < claims.fall(ours) < claims.fall(baseline)

@@ -1,4 +1,4 @@
-"""train.py and plots.py: the real command on a tiny setting, its files, its caches, its refusals."""
+"""train.py: the real command on a tiny setting, its files, its caches, its refusals."""
 
 import csv
 import json
@@ -14,7 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import plots
+import losses
+import options
+import results
+import stages
 import train
 
 # One operation, so that a base model of a few seconds already gets answers right and wrong.
@@ -66,7 +69,9 @@ def test_a_ten_step_run_writes_its_files_and_columns(finished):
         assert all(0 <= float(row["accuracy"]) <= 1 and 0 < float(row["pi_incorrect"]) <= 1 for row in rows)
         assert float(rows[0]["logratio_correct"]) == pytest.approx(0, abs=1e-4)  # the run starts at the reference policy
         assert (
-            rows[0]["loss"] == "nan" and float(rows[1]["grad_norm"]) > 0 and int(rows[2]["tokens"]) > int(rows[1]["tokens"]) > 0
+            rows[0]["loss"] == "nan"
+            and float(rows[1]["grad_norm"]) > 0
+            and int(rows[2]["tokens_trained"]) > int(rows[1]["tokens_trained"]) > 0
         )
         weights = load_file(folder / "model.safetensors")
         assert weights.keys() == train.GPT(train.CONFIG).state_dict().keys()
@@ -74,8 +79,8 @@ def test_a_ten_step_run_writes_its_files_and_columns(finished):
         samples = (folder / "samples.txt").read_text()
         assert samples.count("right  ") == 5 and samples.count("wrong  ") == 5 and samples in printed
     assert "step    10/10" in printed and "ETA" in printed
-    for name in plots.FIGURES:
-        assert (out / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("dynamics", "prolonged"):
+        assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.rglob("*.part"))
 
 
@@ -128,16 +133,139 @@ def run_with_cache(finished, tmp_path, *words):
     return folders(tmp_path)
 
 
-def test_lambda_zero_and_targets_in_the_real_loop(finished, tmp_path):
-    words = ["--loss", "fpa", "--lam", "0", "8", "--target", "both", "correct", "incorrect"]
-    logs = {f.name.rsplit("-", 2)[0]: without_seconds(f) for f in run_with_cache(finished, tmp_path, *words)}
-    off_rl = without_seconds(folders(finished[0], "off_rl")[0])
-    for target in ("both", "correct", "incorrect"):
-        for row, expected in zip(logs[f"fpa-lam0-{target}"], off_rl):
-            for column in set(train.COLUMNS) - {"seconds", "loss"}:  # fpa's loss is a surrogate
-                assert float(row[column]) == pytest.approx(float(expected[column]), rel=1e-3, abs=1e-5, nan_ok=True)
-    ends = [logs[f"fpa-lam8-{target}"][-1]["logratio_incorrect"] for target in ("both", "correct", "incorrect")]
-    assert len(set(ends)) == 3
+def test_targets_in_the_real_loop(finished, tmp_path):
+    words = ["--loss", "fpa", "--lam", "8", "--target", "both", "correct", "incorrect"]
+    logs = {f.name.split("-prompts")[0]: read_log(f)[-1] for f in run_with_cache(finished, tmp_path, *words)}
+    assert len({logs[f"fpa-lam8-{target}"]["logratio_incorrect"] for target in ("both", "correct", "incorrect")}) == 3
+
+
+def test_every_loss_in_the_real_loop(finished, tmp_path):
+    assert list(train.LOSSES) == list(results.NAMES)
+    words = ["--loss", *train.LOSSES, "--lam", "3", "--jobs", "1", "--eval-every", "10", "--prompts", "24"]
+    logs = {f.name.split("-prompts")[0]: read_log(f)[-1] for f in run_with_cache(finished, tmp_path, *words)}
+    names = ["off_rl", "fpa-lam3-both", "simper-lam3-both", "dpo-lam3-both-beta0.1", "rpo-lam3-both-beta0.1-alpha1", "sft"]
+    names += ["kto-lam3-both-beta0.1", "a_star_po-beta0.001", "pessimistic-beta0.1-shift0", "reinforce", "grpo"]
+    assert set(logs) == {*names, "constant-incorrect-weight0.25", "sharpened-lam3-both"}
+    assert len({log["logratio_incorrect"] for log in logs.values()}) == 13  # no two are the same
+    for name, log in logs.items():
+        assert float(log["grad_norm"]) > 0 and float(log["loss"]) != 0
+        assert (float(log["coefficient_incorrect"]) == 0) == (name == "sft") and float(log["coefficient_correct"]) > 0
+    assert float(logs["reinforce"]["coefficient_correct"]) == float(logs["sft"]["coefficient_correct"]) == 1
+    assert float(logs["constant-incorrect-weight0.25"]["coefficient_incorrect"]) == 0.25
+
+
+def test_diagnostics_in_the_real_loop(finished, tmp_path, capsys):
+    words = ["--loss", "fpa", "--steps", "30", "--eval-every", "10"]
+    (folder,) = run_with_cache(finished, tmp_path, *words)
+    plain = without_seconds(folder)
+    train.run([*TINY, *words, "--out", str(tmp_path), "--diagnostics"])  # the finished run lacks them
+    assert "already finished" not in capsys.readouterr().out and without_seconds(folder) == plain
+    entangled, tokens = results.read_csv(folder / "entanglement.csv"), results.read_csv(folder / "tokens.csv")
+    assert entangled["step"].tolist() == [0, 10, 20, 30] and len(set(entangled["b"])) == 4
+    assert set(tokens["step"]) == {0, 10, 20, 30} and set(tokens["side"]) == {"correct", "incorrect"}
+    for texts, first in zip(zip(tokens["tokens"][::2], tokens["tokens"][1::2]), tokens["first_wrong"][::2]):
+        correct, incorrect = (text.split() for text in texts)
+        prefix = int(first)
+        assert correct[:prefix] == incorrect[:prefix] and correct[prefix] != incorrect[prefix]
+    later = {step for _, step, _ in results.extrapolated(results.read_run(folder))}
+    assert later == {15, 20, 30}
+    train.run([*TINY, *words, "--out", str(tmp_path), "--diagnostics"])
+    assert "already finished" in capsys.readouterr().out
+    assert not (tmp_path / "figures" / "extrapolation.png").exists()  # too short for it, and no reason to stop
+    assert (tmp_path / "figures" / "entanglement.png").exists()
+
+
+def test_grpo_samples_what_it_trains_on(finished, tmp_path):
+    words = ["--loss", "grpo", "--steps", "4", "--eval-every", "1"]
+    rows = read_log(run_with_cache(finished, tmp_path / "grpo", *words)[0])
+    offline = read_log(folders(finished[0], "fpa")[0])
+    assert rows[0]["tokens_sampled"] == "0" and rows[4]["tokens_sampled"] == rows[4]["tokens_trained"]
+    assert len({row["tokens_sampled"] for row in offline}) == 1 and int(offline[0]["tokens_sampled"]) > 24 * 4 * 5
+    assert float(rows[0]["seconds"]) < 0.01 < float(offline[0]["seconds"])  # the latter took rollouts before its first step
+    dapo = read_log(run_with_cache(finished, tmp_path / "dapo", *words, "--dapo")[0])
+    assert int(dapo[4]["tokens_trained"]) < int(dapo[4]["tokens_sampled"])  # some group had one reward only
+
+
+def test_coefficients_are_averaged_over_the_steps_that_have_them(finished, tmp_path):
+    words = ["--loss", "grpo", "--dapo", "--steps", "8", "--batch-size", "4"]  # one group a step, often all of one reward
+    every = read_log(run_with_cache(finished, tmp_path / "every", *words, "--eval-every", "1")[0])[1:]
+    last = read_log(run_with_cache(finished, tmp_path / "last", *words, "--eval-every", "8")[0])[-1]
+    values = [float(row["coefficient_correct"]) for row in every]
+    there = [value for value in values if value == value]
+    assert 0 < len(there) < len(values) and float(last["coefficient_correct"]) == pytest.approx(
+        sum(there) / len(there), rel=1e-4
+    )
+
+
+def test_grpo_step_is_the_loss_on_its_own_samples(monkeypatch):
+    torch.manual_seed(0)
+    model = train.GPT(train.CONFIG)
+    problems = stages.draw_problems(2, 1, "train", random.Random(0))
+    texts = ["1+1=2;#2", "0", "0", "0"] + ["0"] * 4  # the second problem's samples all have one reward
+    rows = [
+        {"prompt": problems[i // 4].prompt, "completion": text, "label": text != "0", "finished": True}
+        for i, text in enumerate(texts)
+    ]
+    monkeypatch.setattr(train, "sample", lambda *_: None)
+    monkeypatch.setattr(train, "rollout_rows", lambda _: rows)
+    taken = []
+    monkeypatch.setattr(train, "update", lambda model, optimizer, loss: taken.append(loss) or torch.tensor(1.0))
+    tokens, mask = train.pack(rows)
+    advantage = torch.tensor([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0]) / (1 + 1e-4)  # of rewards of +-1, whose std is 1
+    lengths = torch.tensor([9, 2, 2, 2, 2, 2, 2, 2])
+    for dapo, count in ((False, 8), (True, 4)):
+        settings = {"rollouts": 4, "dapo": dapo}
+        stats = train.grpo_step(model, None, problems, settings, torch.Generator().manual_seed(0))
+        weights = advantage / (lengths[:4].sum() if dapo else 8 * lengths)
+        loss = -(weights * train.token_logps(model(tokens), tokens, mask).sum(-1)).sum()
+        for ours, expected in zip(*(torch.autograd.grad(value, model.parameters()) for value in (taken[-1], loss))):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+        assert stats[6:].tolist() == [lengths[:count].sum(), lengths.sum()]
+    rows[0]["label"] = False
+    stats = train.grpo_step(model, None, problems, {"rollouts": 4, "dapo": True}, torch.Generator().manual_seed(0))
+    assert stats[7] == lengths.sum() and stats[6] == 0 and len(taken) == 2  # nothing is left to train on
+
+
+def test_pairs_are_of_one_problem_and_walk_through_the_incorrect_rows():
+    reward = torch.tensor([1.0, -1, -1, 1, 1, -1, -1, -1])
+    ids = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])  # problem 2 has no correct rollout
+    order = train.pair_order(reward, ids, 30, 4, seed=0)
+    correct, incorrect = order.chunk(2, dim=1)
+    assert order.shape == (30, 4) and (reward[correct] > 0).all() and (reward[incorrect] < 0).all()
+    assert torch.equal(ids[correct], ids[incorrect])
+    assert torch.bincount(incorrect.flatten(), minlength=8).tolist() == [0, 20, 20, 0, 0, 20, 0, 0]
+    assert set(correct.flatten().tolist()) == {0, 3, 4}
+    assert not torch.equal(train.pair_order(reward, ids, 30, 4, seed=1), order)
+
+
+@pytest.mark.parametrize("words", ["--loss dpo", "--loss off_rl --diagnostics"])
+def test_no_pairs_is_one_line(words, finished, tmp_path, capsys):
+    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]  # a problem's rollouts are all correct, or none is
+    path.write_text("".join(json.dumps({**row, "label": row["problem_id"] % 2 == 0}) + "\n" for row in rows))
+    code, error = refusal(train.run, [*words.split(), *TINY, "--out", tmp_path], capsys)
+    assert code == 2 and "no pairs" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_z0_of_kto_is_of_mismatched_prompts():
+    torch.manual_seed(0)
+    model, reference = train.GPT(train.CONFIG), train.GPT(train.CONFIG)
+    tokens, mask = train.pack(stages.corpus_rows(5, 2, 0.5, random.Random(0)))
+    start = mask[0].int().argmax().item() - 1
+    data = {"tokens": tokens, "mask": mask, "start": start, "reference": reference}
+    rows, total = torch.tensor([3, 0, 4]), 0.0
+    for row, other in ((3, 4), (0, 3), (4, 0)):
+        mixed = torch.cat([tokens[other, : start + 1], tokens[row, start + 1 :]])[None]
+        with torch.no_grad():
+            total += sum(
+                s * train.token_logps(m(mixed), mixed, mask[row][None]).sum() for s, m in ((1, model), (-1, reference))
+            )
+    assert train.kto_z0(model, data, rows).item() == pytest.approx(max(total.item() / 3, 0), rel=1e-4)
+    flipped = train.kto_z0(reference, {**data, "reference": model}, rows).item()
+    assert flipped == pytest.approx(max(-total.item() / 3, 0), rel=1e-4)
+    assert torch.equal(tokens, data["tokens"]) and total != 0
 
 
 def test_evaluation_temperature_is_used(finished, tmp_path):
@@ -152,7 +280,7 @@ def test_evaluation_temperature_is_used(finished, tmp_path):
 def test_trajectory_logps_are_those_of_the_whole_sequence():
     torch.manual_seed(0)
     model, reference = train.GPT(train.CONFIG), train.GPT(train.CONFIG)
-    tokens, mask = train.pack(train.corpus_rows(6, 3, 0.5, random.Random(0)))
+    tokens, mask = train.pack(stages.corpus_rows(6, 3, 0.5, random.Random(0)))
     start = mask[0].int().argmax().item() - 1
     with torch.no_grad():
         ref_logits = reference(tokens)
@@ -160,50 +288,57 @@ def test_trajectory_logps_are_those_of_the_whole_sequence():
         rows = torch.tensor([4, 1, 2])
         for lam in (0, 2):
             logits = model(tokens)
-            expected = train.logp_sum_and_mean(train.token_logps(logits, tokens, mask), mask)
-            future = train.token_logps((1 + lam) * logits - lam * ref_logits, tokens, mask)
-            expected = *expected, train.logp_sum_and_mean(future, mask)[1]
+            expected = [train.token_logps(h, tokens, mask).sum(-1) for h in (logits, (1 + lam) * logits - lam * ref_logits)]
             for value, whole in zip(train.trajectory_logps(model, data, rows, lam), expected):
                 torch.testing.assert_close(value, whole[rows], rtol=1e-4, atol=1e-4)
 
 
 def test_training_data_start_at_the_first_completion_token(finished, tmp_path):
     shutil.copytree(finished[0] / "cache", tmp_path / "cache")
-    base, data, _ = train.prepare(train.parse_args([*TINY, "--out", str(tmp_path)]), seed=0)
+    base, data, problems, tests = stages.prepare(options.parse_args([*TINY, "--out", str(tmp_path)]), 0, 24)
     assert not data["mask"][:, : data["start"] + 1].any() and data["mask"][:, data["start"] + 1].all()
     with torch.no_grad():
         whole = train.token_logps(base(data["tokens"]), data["tokens"], data["mask"]).sum(-1)
     torch.testing.assert_close(data["ref_logp_sum"], whole, rtol=1e-4, atol=1e-4)
+    assert len(problems) == 24 and not {p.prompt for p in problems} & {p.prompt for p in tests}
+    (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert data["reward"].tolist() == [1 if row["label"] else -1 for row in rows]
+    assert data["clean"].tolist() == [row["first_wrong_step"] is None for row in rows]
+    assert torch.equal(data["length"], data["mask"].sum(-1)) and 0 < data["measured"]["share_correct"] < 1
 
 
-def test_gradient_is_clipped_and_below_is_counted(finished, tmp_path, monkeypatch):
+def test_gradient_is_clipped_and_coefficients_and_counts_are_logged(finished, tmp_path, monkeypatch):
     seen = []
 
-    def recording(logp_mean, future_logp_mean, reward, target):
-        seen.append((logp_mean.detach().exp(), future_logp_mean.exp(), reward))
-        return -1e6 * reward * logp_mean, None
+    def recording(b, s):
+        seen.append(((b["logp_sum"].detach() / b["length"]).exp(), b["reward"], b["length"]))
+        return -1e6 * b["reward"] * b["logp_sum"], torch.where(b["reward"] > 0, 3.0, 5.0) / b["length"]
 
     monkeypatch.setitem(train.LOSSES, "fpa", recording)
     clipped = []
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, limit: clipped.append(limit) or clip(p, limit))
+    monkeypatch.setattr(losses, "fpa", lambda logp_sum, reward, present, future, target: (-1e6 * reward * logp_sum, future))
     (folder,) = run_with_cache(finished, tmp_path, "--loss", "fpa", "--lr", "0.05")
     last = read_log(folder)[-1]
-    for column, policy in (("below_0.2_pi", 0), ("below_0.2_pihat", 1)):
-        assert int(last[column]) == sum(((step[2] < 0) & (step[policy] < 0.2)).sum().item() for step in seen) > 0
+    for column, turn in (("below_0.2_pi", 0), ("below_0.2_pihat", 1)):  # the loss is called at the present, then at the future
+        assert int(last[column]) == sum(((r < 0) & (policy < 0.2)).sum().item() for policy, r, _ in seen[turn::2]) > 0
     assert clipped == [1.0] * 10 and float(last["grad_norm"]) > 1e3
+    assert float(last["coefficient_correct"]) == pytest.approx(3) and float(last["coefficient_incorrect"]) == pytest.approx(5)
+    assert int(last["tokens_trained"]) == sum(length.sum().item() for *_, length in seen[::2])
 
 
 @pytest.mark.parametrize("flag", ["--ops 2", "--slip 0.2", "--base-steps 7", "--seed 1", "--prompts 9", "--rollouts 3"])
 def test_every_setting_of_a_stage_is_in_its_key(flag, tmp_path):
-    plain, changed = (train.parse_args(words + ["--out", str(tmp_path)]) for words in ([], flag.split()))
-    before, after = (train.stage_settings(args, args.seed[0]) for args in (plain, changed))
+    plain, changed = (options.parse_args(words + ["--out", str(tmp_path)]) for words in ([], flag.split()))
+    before, after = (stages.stage_settings(args, args.seed[0], args.prompts[0]) for args in (plain, changed))
     assert before[1] != after[1] and (before[0] != after[0]) == (flag.split()[0] not in ("--prompts", "--rollouts"))
     path = tmp_path / "file"
     path.write_text("one")
-    one = train.digest({}, path)
+    one = stages.digest({}, path)
     path.write_text("two")
-    assert train.digest({}, path) != one
+    assert stages.digest({}, path) != one
 
 
 def test_a_stale_reference_is_never_taken_up(finished, tmp_path, capsys):
@@ -215,19 +350,31 @@ def test_a_stale_reference_is_never_taken_up(finished, tmp_path, capsys):
     assert float(read_log(folders(tmp_path)[0])[0]["logratio_correct"]) == pytest.approx(0, abs=1e-4)
 
 
+def names_of(words, tmp_path):
+    return [
+        name.rsplit("-", 1)[0] for name in options.run_settings(options.parse_args([*words.split(), "--out", str(tmp_path)]))
+    ]
+
+
 def test_several_values_run_their_product(tmp_path):
-    args = train.parse_args("--loss off_rl fpa --lam 0.5 2 --target both incorrect --seed 0 1 --out".split() + [str(tmp_path)])
-    runs = train.run_settings(args)
-    assert len(runs) == 2 * (1 + 2 * 2)  # off_rl has neither λ nor target
-    assert sum(name.startswith("fpa-lam0.5-incorrect-seed1-") for name in runs) == 1
-    other = train.parse_args(["--lr", "1e-4", "--out", str(tmp_path)])
-    assert not set(train.run_settings(other)) & set(runs)
+    words = "--loss off_rl fpa --lam 0.5 2 --target both incorrect --seed 0 1 --prompts 64 128 --lr 1e-3 1e-4"
+    names = names_of(words, tmp_path)
+    assert len(names) == len(set(names)) == 8 * (1 + 2 * 2)  # off_rl has neither λ nor target
+    assert "fpa-lam0.5-incorrect-prompts128-steps1000-lr0.0001-seed1" in names
+    tail = "-prompts1024-steps1000-lr0.0002-seed0"
+    assert names_of("--loss off_rl --lam 0 2", tmp_path) == [f"off_rl{tail}", f"fpa-lam2-both{tail}"]
+    assert names_of("--loss fpa --lam 0", tmp_path) == [f"off_rl{tail}"]
+    names = [f"dpo-beta0.5{tail}", f"dpo-lam1-both-beta0.5{tail}", f"sft{tail}"]
+    assert names_of("--loss dpo sft --lam 0 1 --beta 0.5", tmp_path) == names
+    words = "--loss a_star_po pessimistic constant grpo --dapo --shift -1 --weight 0"
+    names = ["a_star_po-beta0.001", "pessimistic-beta0.1-shift-1", "constant-incorrect-weight0", "grpo-dapo"]
+    assert names_of(words, tmp_path) == [name + tail for name in names]
 
 
 def test_batches_are_half_correct_and_walk_through_every_row():
-    labels = torch.tensor([True] * 5 + [False] * 7)
+    labels = torch.tensor([1.0] * 5 + [-1.0] * 7)
     order = train.batch_order(labels, 35, 4, seed=0)
-    assert order.shape == (35, 4) and labels[order[:, :2]].all() and not labels[order[:, 2:]].any()
+    assert order.shape == (35, 4) and (labels[order[:, :2]] > 0).all() and (labels[order[:, 2:]] < 0).all()
     assert torch.bincount(order[:, :2].flatten(), minlength=12)[:5].tolist() == [14] * 5  # 70 draws of 5 rows
     assert torch.bincount(order[:, 2:].flatten(), minlength=12)[5:].tolist() == [10] * 7
     assert torch.equal(train.batch_order(labels, 20, 4, seed=0), order[:20])  # a longer run begins like a shorter one
@@ -262,7 +409,19 @@ def test_batches_are_half_correct_and_walk_through_every_row():
         ("--eval-temperature 0", "--eval-temperature"),
         ("--device tpu", "cpu"),
         ("--nonsense", "--nonsense"),
-        ("--loss off_rl --lam 1", "--lam"),
+        ("--loss sft --lam 1", "--lam"),
+        ("--loss grpo a_star_po pessimistic --target incorrect", "--target"),
+        ("--loss fpa --beta 0.1", "--beta"),
+        ("--loss dpo --beta 0", "--beta"),
+        ("--loss dpo --beta -0.1", "--beta"),
+        ("--loss pessimistic --shift inf", "--shift"),
+        ("--loss pessimistic --shift nan", "--shift"),
+        ("--loss dpo --shift 1", "--shift"),
+        ("--loss dpo --target incorrect", "--target"),  # without --lam it has no future coefficient
+        ("--loss off_rl constant --target both", "--target"),
+        ("--loss fpa --dapo", "--dapo"),
+        ("--loss grpo --rollouts 1", "--rollouts"),
+        ("--loss grpo --batch-size 62", "--rollouts"),
         ("--ops 1 --prompts 5000", "5000"),
     ],
 )
@@ -313,13 +472,13 @@ def test_a_gradient_that_is_not_finite_stops_the_run(finished, tmp_path, monkeyp
     shutil.copytree(finished[0] / "cache", out / "cache")
     calls = []
 
-    def breaks_at_step_8(logp_mean, future_logp_mean, reward, target):
+    def breaks_at_step_8(b, s):
         calls.append(1)
-        return logp_mean * (float("nan") if len(calls) == 8 else 1.0), None
+        return b["logp_sum"] * (float("nan") if len(calls) == 8 else 1.0), b["reward"]
 
-    monkeypatch.setitem(train.LOSSES, "fpa", breaks_at_step_8)
+    monkeypatch.setitem(train.LOSSES, "sft", breaks_at_step_8)
     with pytest.raises(train.NonFiniteError, match=r"step 8: loss nan.*problem ids.*\[\d+.*weights of step 5"):
-        train.main(train.parse_args(["--loss", "fpa", *TINY, "--out", str(out)]))
+        train.main(options.parse_args(["--loss", "sft", *TINY, "--out", str(out)]))
     (folder,) = folders(out)
     assert [row["step"] for row in read_log(folder)] == ["0", "5"]
     assert all(torch.isfinite(weight).all() for weight in load_file(folder / "model.safetensors").values())
@@ -361,61 +520,3 @@ def test_what_there_is_is_kept_and_no_worker_stays(jobs, stop, finished, tmp_pat
         assert process.returncode == 130 and "interrupted" in error and error.count("\n") == 1
     for folder in folders(out):
         assert load_file(folder / "model.safetensors") and not (folder / "samples.txt").exists()
-
-
-def test_plots_names_missing_and_half_written_logs(finished, tmp_path, capsys):
-    for folder in folders(finished[0]):
-        shutil.copytree(folder, tmp_path / "runs" / folder.name)
-    torn, whole = folders(tmp_path / "runs")
-    text = (torn / "log.csv").read_text()
-    damages = [(text[:-3], "half-written"), (text[:-20], "half-written"), (text.split("\n10,")[0] + "\n", "step 5 of 10")]
-    for damage, message in [*damages, ("", "half-written"), (None, "missing")]:
-        (torn / "log.csv").unlink(missing_ok=True)
-        if damage is not None:
-            (torn / "log.csv").write_text(damage)
-        plots.run([str(tmp_path / "runs"), "--to", str(tmp_path / "figures")])
-        error = capsys.readouterr().err
-        assert torn.name in error and message in error and whole.name not in error and error.count("\n") == 1
-        assert len(list((tmp_path / "figures").glob("*.png"))) == len(plots.FIGURES)
-    assert refusal(plots.run, [tmp_path / "none"], capsys)[0] == 2
-    shutil.rmtree(whole)
-    code, error = refusal(plots.run, [tmp_path / "runs"], capsys)
-    assert code == 2 and "no finished run" in error
-
-
-def test_a_seed_counts_once(finished, tmp_path, capsys):
-    for copy in ("a", "b"):
-        shutil.copytree(folders(finished[0], "fpa")[0], tmp_path / copy)
-    (methods,) = plots.read_runs(plots.run_folders(tmp_path)).values()
-    assert len(methods["fpa", 2.0, "both"]) == 1 and f"left out {tmp_path / 'b'}" in capsys.readouterr().err
-
-
-def test_panels_draw_the_columns_they_name(finished):
-    def lines(panel, methods):
-        _, axis = plots.plt.subplots()
-        panel(axis, methods)
-        drawn = [(line.get_color(), line.get_linestyle(), list(line.get_ydata())) for line in axis.lines]
-        plots.plt.close("all")
-        return drawn
-
-    assert "hat" in plots.PIHAT and "hat" not in plots.PI
-    (methods,) = plots.read_runs(folders(finished[0])).values()
-    fpa = methods["fpa", 2.0, "both"]
-    log = fpa[0][1]
-    colour = plots.COLOURS[1]  # Off-RL takes the first
-    assert (colour, "-", log["accuracy"].tolist()) in lines(plots.panel_accuracy, methods)
-    for kind, style in plots.CORRECTNESS.items():
-        assert (colour, style, log[f"logratio_{kind}"].tolist()) in lines(plots.panel_logratios, methods)
-        for target in ("both", "correct", "incorrect"):  # rows outside the target are weighted by the present policy
-            column = f"{'pihat' if target in ('both', kind) else 'pi'}_{kind}"
-            expected = colour, style, log[column].tolist()
-            assert expected in lines(plots.panel_coefficient, {("fpa", 2.0, target): fpa})
-    ratio = (log["pihat_incorrect"] / log["pi_incorrect"]).tolist()
-    assert (colour, "--", ratio) in lines(plots.panel_ratio, methods)
-    assert (colour, ":", (log["below_0.2_pihat"] / 1000).tolist()) in lines(plots.panel_below, methods)
-
-
-def test_mean_and_interval_by_hand():
-    mean, half = plots.mean_and_interval([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
-    assert mean.tolist() == [2.0, 5.0]
-    assert half.tolist() == pytest.approx([4.303 * 1.0 / 3**0.5, 0.0])  # t of 2 degrees of freedom, deviation 1

@@ -1,0 +1,132 @@
+"""What `--diagnostics` measures beside the log, on the first pairs of a correct and an incorrect rollout of the same problem.
+
+entanglement.csv   (claim C2): norms and inner products of the trajectories' gradients, an evaluation a row
+tokens.csv         the log-ratio of every token of a few pairs, for the token heat map
+extrapolation.csv  (claim C10): how far the future policy of step t is from the policy of a later step t', against the present's
+
+Left out: the gradients' entanglement between different problems, and the covariances of Yuan et al. (2024).
+"""
+
+import csv
+
+import numpy as np
+import torch
+
+from losses import future_logits, token_logps
+from stages import replacing
+
+PAIRS, TOKEN_PAIRS = 32, 2
+SNAPSHOTS = [10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960]  # so that t' = (1 + lam) t is among them
+LAMS = [0.5, 1, 2, 3, 5, 7]
+
+
+def entanglement(model, data, pairs):
+    """Means over pairs (P, 2) of row numbers, a correct and an incorrect one, of their gradients of logp_sum.
+
+    a = |grad logp_w|^2, b = |grad logp_l|^2, g their inner product, cosine = g / sqrt(a b), and the share of pairs with g > a,
+    whose correct trajectory loses probability in a small step that weights both alike (Yuan et al., arXiv 2410.13828).
+    """
+    start, products = data["start"], []
+    for pair in pairs:
+        gradients = []
+        for row in pair.split(1):
+            tokens, mask = data["tokens"][row], data["mask"][row]
+            logp_sum = token_logps(model(tokens, start), tokens[:, start:], mask[:, start:]).sum()
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(logp_sum, model.parameters())]))
+        correct, incorrect = gradients
+        products.append(torch.stack([correct @ correct, incorrect @ incorrect, correct @ incorrect]))
+    a, b, g = torch.stack(products).T  # (P,) each
+    means = {"a": a, "b": b, "g": g, "cosine": g / (a * b).sqrt(), "share_g_above_a": (g > a).float()}
+    return {name: value.mean().item() for name, value in means.items()}
+
+
+@torch.no_grad()
+def token_logratios(model, data, pairs):
+    """Rows of tokens.csv: for each pair and side the tokens' log-ratios, and the first token at which the two sides differ.
+
+    That is the incorrect side's first wrong token where no step of the correct side is wrong.
+    """
+    start, rows = data["start"], []
+    for number, pair in enumerate(pairs):
+        tokens, mask = data["tokens"][pair], data["mask"][pair]
+        logps, ref_logps = (
+            token_logps(logits, tokens[:, start:], mask[:, start:])
+            for logits in (model(tokens, start), data["ref_logits"][pair])
+        )
+        first = (tokens[0] != tokens[1]).int().argmax().item() - start - 1  # counted from the first completion token
+        for side, name in enumerate(("correct", "incorrect")):
+            length = data["length"][pair[side]]
+            ratios = (logps - ref_logps)[side, :length].tolist()
+            ids = tokens[side, start + 1 : start + 1 + length].tolist()
+            texts = {"tokens": " ".join(map(str, ids)), "logratios": " ".join(f"{ratio:.3f}" for ratio in ratios)}
+            rows.append({"pair": number, "side": name, "first_wrong": first, **texts})
+    return rows
+
+
+def distances(future, later, tokens, mask, length):
+    """How far one policy is from a later one, both as logits (B, T, V): the columns of extrapolation.csv.
+
+    kl, KL(later | future), and tv, total variation, of the whole distributions, and token_error, |log pi - log pi'| of the
+    sampled token only, are means over completion tokens; coefficient_error, |pi_bar - pi_bar'|, and coefficient_rank,
+    Spearman's correlation of the two, are over trajectories.
+    """
+    scored = mask[:, 1:]
+    log_p, log_q = (logits[:, :-1].log_softmax(-1) for logits in (later, future))  # (B, T - 1, V)
+    p, q = (token_logps(logits, tokens, mask) for logits in (later, future))  # (B, T - 1)
+    p_bar, q_bar = ((logps.sum(-1) / length).exp() for logps in (p, q))
+    ranks = [values.argsort().argsort().cpu().numpy() for values in (p_bar, q_bar)]
+    return {
+        "kl": (log_p.exp() * (log_p - log_q)).sum(-1)[scored].mean().item(),
+        "tv": (log_p.exp() - log_q.exp()).abs().sum(-1)[scored].mean().item() / 2,
+        "token_error": (p - q)[scored].abs().mean().item(),
+        "coefficient_error": (p_bar - q_bar).abs().mean().item(),
+        "coefficient_rank": np.corrcoef(*ranks)[0, 1],
+    }
+
+
+def extrapolation(snapshots, later, data, rows):
+    """Rows of extrapolation.csv to a later step, from {step: completion logits of some rows}; lam 0 is the present policy."""
+    tokens, mask = (data[name][rows, data["start"] :] for name in ("tokens", "mask"))
+    for t in snapshots:
+        if t < later:
+            for lam in [0, *LAMS]:
+                future = future_logits(snapshots[t], data["ref_logits"][rows], lam)
+                yield {
+                    "t": t,
+                    "later": later,
+                    "lam": lam,
+                    **distances(future, snapshots[later], tokens, mask, data["length"][rows]),
+                }
+
+
+def observer(model, data, pairs, folder):
+    """A function of (step, at_evaluation) to call before every step and after the last, which measures and writes the files.
+
+    pairs (P, 2): row numbers of a correct and an incorrect rollout of the same problem.
+    """
+    rows, snapshots, extrapolated, entangled, tokens = pairs.flatten(), {}, [], [], []
+    token_pairs = pairs[data["clean"][pairs[:, 0]]][:TOKEN_PAIRS]
+
+    def observe(step, at_evaluation):
+        if step in SNAPSHOTS:
+            with torch.no_grad():
+                snapshots[step] = model(data["tokens"][rows], data["start"])
+            extrapolated.extend(extrapolation(snapshots, step, data, rows))
+            if extrapolated:
+                write_csv(folder / "extrapolation.csv", extrapolated)
+        if at_evaluation:
+            entangled.append({"step": step, **entanglement(model, data, pairs)})
+            tokens.extend({"step": step, **row} for row in token_logratios(model, data, token_pairs))
+            write_csv(folder / "entanglement.csv", entangled)
+            if tokens:
+                write_csv(folder / "tokens.csv", tokens)
+
+    return observe
+
+
+def write_csv(path, rows):
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            table.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})

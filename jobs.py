@@ -1,0 +1,54 @@
+"""Tasks side by side in processes of one thread each."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+from tqdm import tqdm
+
+from stages import progress
+
+
+def start_worker():
+    """One thread, lines at once, no bars, and an end when the parent ends."""
+    torch.set_num_threads(1)
+    sys.stdout.reconfigure(line_buffering=True)
+    progress.keywords["disable"] = True
+    tqdm.set_lock(threading.RLock())  # the default one is shared between processes, and a terminated worker would leak it
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+@contextlib.contextmanager
+def workers(count):
+    """A pool of `count` processes, started at once; they end where the block is left by an exception, Ctrl-C included."""
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker) as pool:
+        handler = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # as the workers inherit it: Ctrl-C is the parent's, who ends them
+        for _ in range(count):
+            pool.submit(int)  # starts one
+        signal.signal(signal.SIGINT, handler)
+        try:
+            yield pool
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+def finished(pool, function, arguments, errors):
+    """Call function(*arguments[name]) for every name, and yield each name as it is done.
+
+    One that fails stops no other: its exception goes into `errors`, by its name.
+    """
+    futures = {pool.submit(function, *values): name for name, values in arguments.items()}
+    for future in as_completed(futures):
+        if error := future.exception():
+            errors[futures[future]] = error
+            print(f"failed: {futures[future]}: {error}")
+        yield futures[future]
