@@ -32,7 +32,7 @@ from results import (
 
 FIVE, TUNED = "--seed 0 1 2 3 4", f"--seed {' '.join(map(str, TUNING_SEEDS))}"
 WEIGHT = 0.4  # of the constant: FPA's average coefficient on incorrect rows, where it is used on these only (C15)
-GRID = "--lr 5e-5 2e-4 8e-4"
+GRID = "--lr 5e-5 2e-4 8e-4 3.2e-3"
 # The commands behind logs/, after `python train.py` and before `--out logs`. A test checks that they are what is there.
 EXPERIMENTS = {
     "main": [f"--diagnostics {FIVE}"],
