@@ -11,17 +11,14 @@ import argparse
 import contextlib
 import datetime
 import functools
-import multiprocessing
 import os
 import platform
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from unittest import mock
@@ -30,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import jobs
 import model as model_py
 import results
 from losses import token_logps
@@ -170,7 +168,6 @@ def roofline(rounds, quick):
 
 def peak_memory(loss_name, config):
     """Peak resident MiB of a few steps on 8,192 rollouts; Off-RL goes without reference logits. For a process of its own."""
-    torch.set_num_threads(1)
     data, _ = pair_data()
     model, optimizer = make(config, data)
     data = {key: value if key == "start" else value.repeat_interleave(8192 // 2 // PAIRS, dim=0) for key, value in data.items()}
@@ -195,11 +192,8 @@ def overhead(rounds, quick):
             continue
         peaks = {"off_rl": [], "fpa": []}
         for loss_name in list(peaks) * (1 if quick else 3):  # a process each: a peak stays a peak
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process alone
-                future = pool.submit(peak_memory, loss_name, config)
-                signal.signal(signal.SIGINT, handler)
-                peaks[loss_name].append(future.result())
+            with jobs.workers(1) as pool:
+                peaks[loss_name].append(pool.submit(peak_memory, loss_name, config).result())
         peaks = {loss_name: np.median(values) for loss_name, values in peaks.items()}
         value, more = round(peaks["fpa"] / peaks["off_rl"], 2), peaks["fpa"] - peaks["off_rl"]
         words = f"{value:.2f}: {more:.0f} MiB more than {peaks['off_rl']:.0f} MiB"

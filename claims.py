@@ -17,6 +17,7 @@ from results import (
     by,
     extrapolated,
     final,
+    fpa_runs,
     label,
     main_runs,
     mean_and_interval,
@@ -150,8 +151,8 @@ def forecast(accepts, column="kl"):
 def claims(runs):
     """{id: (claim, [Measured], names of EXPERIMENTS)}; numbers whose runs are missing have no values."""
     main = main_runs(runs)
-    off_rl, fpa = where(main, loss="off_rl"), where(main, loss="fpa", lam=2.0, target="both")
-    only = {side: where(main, loss="fpa", lam=2.0, target=side) for side in ("correct", "incorrect")}
+    off_rl, fpa = where(main, loss="off_rl"), fpa_runs(main)
+    only = {side: fpa_runs(main, target=side) for side in ("correct", "incorrect")}
     sft, constant, sharpened = (where(main, loss=loss) for loss in ("sft", "constant", "sharpened"))
     table = {}
 
@@ -184,7 +185,7 @@ def claims(runs):
 
     long = by(varying(runs, "steps", "eval_every"), lambda run: run.config["steps"])
     long = long[max(long)] if len(long) > 1 else []
-    long_off_rl, long_fpa = where(long, loss="off_rl"), where(long, loss="fpa", lam=2.0, target="both")
+    long_off_rl, long_fpa = where(long, loss="off_rl"), fpa_runs(long)
     table["C6"] = "prolonged training collapses Off-RL, not FPA", [
         Measured("final − start accuracy, Off-RL", per_seed(long_off_rl, lambda run: final(run) - start(run)), "<"),
         Measured("final − start accuracy, FPA", per_seed(long_fpa, lambda run: final(run) - start(run)), ">"),
@@ -199,7 +200,7 @@ def claims(runs):
         accuracy(f"FPA − {NAMES[loss]}", best_fpa, best.get((loss, False), []))
         for loss in ("off_rl", "dpo", "rpo", "kto", "simper")
     ], ["tuning", "losses"]  # fmt: skip
-    lams = {lam: where(main, loss="fpa", lam=lam, target="both") for lam in (0.5, 1.0, 5.0, 10.0)} | {0.0: off_rl, 2.0: fpa}
+    lams = {lam: fpa_runs(main, lam) for lam in (0.5, 1.0, 5.0, 10.0)} | {0.0: off_rl, 2.0: fpa}
     table["C8"] = "λ from 0.5 to 2 is good, 0 and 10 are worse", [
         accuracy(f"λ = {middle:g} − λ = {end:g}", lams[middle], lams[end]) for end in (0.0, 10.0) for middle in (0.5, 1.0, 2.0)
     ], ["lambda"]  # fmt: skip
@@ -211,7 +212,7 @@ def claims(runs):
         *[Measured(f"on {side} rows only", per_seed(some, last("grad_norm"))) for side, some in only.items()],
     ], ["targets"]  # fmt: skip
 
-    diagnosed = with_file(where(varying(runs, "lr"), loss="fpa", lam=2.0, target="both"), "extrapolation.csv")
+    diagnosed = with_file(fpa_runs(varying(runs, "lr")), "extrapolation.csv")
     diagnosed = by([r for r in diagnosed if all(forecasts(r, t).size for t in (early, late))], lambda run: run.config["lr"])
     slow = diagnosed.get(2e-5, [])
     table["C10"] = "the extrapolation predicts the future: distance of π̂ from π at t′ = (1 + λ) t, over π's, λ of 1 and 2", [
@@ -263,7 +264,7 @@ def claims(runs):
     ], ["controls", "tuning", "losses"]  # fmt: skip
     sizes = by(varying(runs, "prompts"), lambda run: run.config["prompts"])
     sizes = sizes if len(sizes) > 1 else {0: []}
-    ends = {size: [where(sizes[size], loss="fpa", lam=2.0, target="both"), where(sizes[size], loss="sft")] for size in sizes}
+    ends = {size: [fpa_runs(sizes[size]), where(sizes[size], loss="sft")] for size in sizes}
     table["C17"] = "who wins depends on how much data there is: SFT with few prompts, FPA with many", [
         accuracy(f"FPA − SFT, {min(sizes)} prompts", *ends[min(sizes)], "<"),
         accuracy(f"FPA − SFT, {max(sizes)} prompts", *ends[max(sizes)], ">"),
@@ -290,9 +291,9 @@ def results(runs):
     """results.md: the claims table, the learning rates that tuning chose, every method of every setting, the commands."""
     lines = ["| claim | measured: mean over seeds ± 95 % interval | seeds | verdict | runs |", "|---|---|---|---|---|"]
     for name, (text, measured, experiments) in claims(runs).items():
-        seeds = sorted({len(m.values) for m in measured if m.seeded})
-        cells = [f"{name}: {text}", "<br>".join(map(str, measured)) if verdict(measured) != "not run" else "",
-                 "–".join(map(str, seeds)), f"**{verdict(measured)}**", ", ".join(experiments)]  # fmt: skip
+        seeds, words = sorted({len(m.values) for m in measured if m.seeded}), verdict(measured)
+        numbers = "" if words == "not run" else "<br>".join(map(str, measured))
+        cells = [f"{name}: {text}", numbers, "–".join(map(str, seeds)), f"**{words}**", ", ".join(experiments)]
         lines.append("| " + " | ".join(cells) + " |")
     table = "\n".join(lines)
     tuning = where(runs, seed=TUNING_SEEDS)
@@ -302,15 +303,13 @@ def results(runs):
         for method, lr in best_settings(runs).values()
     )
     commands = [f"# {name}\npython train.py {words} --out logs" for name, many in EXPERIMENTS.items() for words in many]
-    return (
+    written = (
         "# Results\n\nWritten by `python plots.py logs/`.\n\n## Claims\n\n"
         f"{verdict.__doc__.strip()}\n\n{table}\n\n"
         "## Commands\n\n```\n" + "\n".join(commands) + "\n```\n\n"
         f"## Every setting\n\n```\n{summary(reported(runs))}```\n"
-        + (
-            f"\n## Tuning\n\nSeeds {TUNING_SEEDS}, used for nothing else. Best learning rates, by final accuracy:\n\n"
-            if tuning
-            else ""
-        )
-        + (f"```\n{chosen}```\n\n```\n{summary(tuning)}```\n" if tuning else "")
     )
+    if tuning:
+        written += f"\n## Tuning\n\nSeeds {TUNING_SEEDS}, used for nothing else. Best learning rates, by final accuracy:\n\n"
+        written += f"```\n{chosen}```\n\n```\n{summary(tuning)}```\n"
+    return written

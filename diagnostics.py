@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from losses import future_logits, token_logps
-from stages import replacing
+from stages import completion_logps, replacing
 
 PAIRS, TOKEN_PAIRS = 32, 2
 SNAPSHOTS = [10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960]  # so that t' = (1 + lam) t is among them
@@ -31,7 +31,7 @@ def entanglement(model, data, pairs):
         gradients = []
         for row in pair.split(1):
             tokens, mask = data["tokens"][row], data["mask"][row]
-            logp_sum = token_logps(model(tokens, start), tokens[:, start:], mask[:, start:]).sum()
+            logp_sum = completion_logps(model, tokens, mask, start)[1].sum()
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(logp_sum, model.parameters())]))
         correct, incorrect = gradients
         products.append(torch.stack([correct @ correct, incorrect @ incorrect, correct @ incorrect]))
@@ -49,10 +49,8 @@ def token_logratios(model, data, pairs):
     start, rows = data["start"], []
     for number, pair in enumerate(pairs):
         tokens, mask = data["tokens"][pair], data["mask"][pair]
-        logps, ref_logps = (
-            token_logps(logits, tokens[:, start:], mask[:, start:])
-            for logits in (model(tokens, start), data["ref_logits"][pair])
-        )
+        _, logps = completion_logps(model, tokens, mask, start)
+        ref_logps = token_logps(data["ref_logits"][pair], tokens[:, start:], mask[:, start:])
         first = (tokens[0] != tokens[1]).int().argmax().item() - start - 1  # counted from the first completion token
         for side, name in enumerate(("correct", "incorrect")):
             length = data["length"][pair[side]]

@@ -29,6 +29,7 @@ from results import (
     describe,
     extrapolated,
     final,
+    fpa_runs,
     label,
     main_runs,
     mean_and_interval,
@@ -42,6 +43,7 @@ from results import (
     where,
     with_file,
 )  # fmt: skip
+from toy_math.tokenizer import ALPHABET
 
 PI, PIHAT = r"$\bar{\pi}$", r"$\hat{\bar{\pi}}$"  # trajectory probability under the present and under the future policy
 CORRECTNESS = {"correct": "-", "incorrect": "--"}  # line styles
@@ -138,12 +140,18 @@ def panel_dots(axis, methods, values=final):
     axis.grid(axis="x", alpha=0.3)
 
 
-# --- figures: each returns (figure, the runs behind it, and what its title adds), or None
+# --- figures: each returns (figure, the runs behind it), or None
 
 
 def canvas(height, width, row_height=3.4):
     figure, axes = plt.subplots(height, width, figsize=(10, row_height * height), layout="constrained", squeeze=False)
     return figure, list(axes.flat)
+
+
+def legend(figure, methods, others=()):
+    """A line a method, and others, below all panels."""
+    colours = [Line2D([], [], color=colour, label=label(method)) for colour, method, _ in coloured(methods)]
+    figure.legend(handles=[*colours, *others], loc="outside lower center", ncols=4)
 
 
 def over_steps(panels, height, width, methods):
@@ -153,18 +161,15 @@ def over_steps(panels, height, width, methods):
         panel(axis, methods)
         axis.set_xlabel("training step")
         axis.locator_params(axis="x", nbins=5)
-    colours = [Line2D([], [], color=c, label=label(m)) for c, m, _ in coloured(methods)]
     styles = [Line2D([], [], color="0.3", linestyle=s, label=f"{kind} trajectories") for kind, s in CORRECTNESS.items()]
-    figure.legend(handles=colours + styles, loc="outside lower center", ncols=4)
+    legend(figure, methods, styles)
     return figure
 
 
 def few(runs):
     """At most six methods: all, or Off-RL and FPA at λ = 2 where there are more."""
     if len(by_method(runs)) > 6:
-        runs = where(runs, loss="off_rl") + where(runs, loss="fpa", lam=2.0, target="both") or where(
-            runs, loss=runs[0].config["loss"]
-        )
+        runs = where(runs, loss="off_rl") + fpa_runs(runs) or where(runs, loss=runs[0].config["loss"])
     return runs
 
 
@@ -234,9 +239,7 @@ def figure_entanglement(runs):
     for axis in axes:
         axis.set_xlabel("training step")
         axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    figure.legend(
-        handles=[Line2D([], [], color=c, label=label(m)) for c, m, _ in coloured(methods)], loc="outside lower center", ncols=4
-    )
+    legend(figure, methods)
     return figure, chosen
 
 
@@ -297,7 +300,7 @@ def figure_cost(runs):
     main = main_runs(runs)
     if not where(main, loss="grpo"):
         return None
-    chosen = where(main, loss=("off_rl", "grpo")) + where(main, loss="fpa", lam=2.0, target="both")
+    chosen = where(main, loss=("off_rl", "grpo")) + fpa_runs(main)
     figure, axes = canvas(1, 2)
     costs = {
         "millions of completion tokens sampled or trained on": lambda log: tokens(log) / 1e6,
@@ -307,36 +310,31 @@ def figure_cost(runs):
         for colour, _, some in coloured(by_method(chosen)):
             draw(axis, some, lambda log: log["accuracy"], colour, x=x)
         axis.set(xlabel=title, ylabel="pass@1", ylim=(0, 1))
-    handles = [Line2D([], [], color=c, label=label(m)) for c, m, _ in coloured(by_method(chosen))]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    legend(figure, by_method(chosen))
     return figure, chosen
 
 
 def diagnosed(runs):
     """{lr: [run]} of the runs that the extrapolation figures show: FPA's at λ = 2, or the first method's where it has none."""
     chosen = with_file(varying(runs, "lr"), "extrapolation.csv")
-    chosen = where(chosen, loss="fpa", lam=2.0, target="both") or [run for run in chosen if run.method == chosen[0].method]
+    chosen = fpa_runs(chosen) or [run for run in chosen if run.method == chosen[0].method]
     return by(chosen, lambda run: run.config["lr"])
 
 
 def extrapolation_panels(runs):
-    """Figure, axes, and for each panel (axis, lr, t, [later], [lam], {(later, lam): log2 of the KL ratio, mean over seeds})."""
+    """Figure, runs, and for each panel (axis, t, [later], [lam], {(later, lam): log2 of the KL ratio, mean over seeds})."""
     groups = diagnosed(runs)
-    starts = [
-        t for t in (20, 40, 80, 320) if all((t, 2 * t, 1) in extrapolated(run) for some in groups.values() for run in some)
-    ]
+    tables = {lr: [extrapolated(run) for run in some] for lr, some in groups.items()}
+    starts = [t for t in (20, 40, 80, 320) if all((t, 2 * t, 1) in table for some in tables.values() for table in some)]
     if not groups or not starts:
         return None
     figure, axes = canvas(len(groups), len(starts), row_height=3)
     panels = []
-    for row, (lr, some) in enumerate(groups.items()):
-        pairs = [extrapolated(run) for run in some]
-        for column, t in enumerate(starts):
-            means = {key[1:]: np.mean([np.log2(np.divide(*p[key])) for p in pairs]) for key in pairs[0] if key[0] == t}
-            laters, lams = (sorted({key[i] for key in means}) for i in range(2))
-            axis = axes[len(starts) * row + column]
-            axis.set(title=f"lr {lr:g}, t = {t}", xlabel="look-ahead t′/t")
-            panels.append((axis, lr, t, laters, lams, means))
+    for axis, ((lr, some), t) in zip(axes, itertools.product(tables.items(), starts)):
+        means = {key[1:]: np.mean([np.log2(np.divide(*table[key])) for table in some]) for key in some[0] if key[0] == t}
+        laters, lams = (sorted({key[i] for key in means}) for i in range(2))
+        axis.set(title=f"lr {lr:g}, t = {t}", xlabel="look-ahead t′/t")
+        panels.append((axis, t, laters, lams, means))
     return figure, [run for some in groups.values() for run in some], panels
 
 
@@ -345,7 +343,7 @@ def figure_extrapolation(runs):
     if not (made := extrapolation_panels(runs)):
         return None
     figure, chosen, panels = made
-    for axis, _, t, laters, _, means in panels:
+    for axis, t, laters, _, means in panels:
         for index, lam in enumerate((0.5, 1, 2, 5)):
             colour, curve = plt.get_cmap("viridis")(index / 3.5), [2 ** means[later, lam] for later in laters]
             axis.plot([later / t for later in laters], curve, color=colour, marker=".", label=f"λ = {lam:g}")
@@ -365,7 +363,7 @@ def figure_extrapolation_map(runs):
     if not (made := extrapolation_panels(runs)):
         return None
     figure, chosen, panels = made
-    for axis, _, t, laters, lams, means in panels:
+    for axis, t, laters, lams, means in panels:
         grid = [[means[later, lam] for later in laters] for lam in lams]
         image = axis.pcolormesh(range(len(laters) + 1), range(len(lams) + 1), grid, cmap="RdBu_r", vmin=-4, vmax=4)
         axis.set_xticks(np.arange(len(laters)) + 0.5, [f"{later / t:.3g}" for later in laters], fontsize=7, rotation=90)
@@ -392,18 +390,17 @@ def figure_forecast(runs):
         return None
     figure, axes = canvas(2, 3)
     for axis, column in zip(axes, [*kinds, "coefficient_rank"]):
+        all_tables = {lr: [extrapolated(run, column) for run in some] for lr, some in groups.items()}
         for (lr, style), (index, lam) in itertools.product(styles.items(), enumerate(lams)):
-            tables = [extrapolated(run, column) for run in groups[lr]]
+            tables = all_tables[lr]
             starts = [t for t, later, at in tables[0] if at == lam and later == (1 + lam) * t]
             if not starts:
                 continue
-            future, present = np.array([[table[t, (1 + lam) * t, lam] for t in starts] for table in tables]).mean(0).T
-            colour = plt.get_cmap("viridis")(index / 2.5)
-            if column == "coefficient_rank":
-                axis.plot(starts, future - present, style, color=colour, marker=".")
-            else:
-                ratios = [[np.log(np.divide(*table[t, (1 + lam) * t, lam])) for t in starts] for table in tables]
-                axis.plot(starts, np.exp(np.mean(ratios, axis=0)), style, color=colour, marker=".")
+            pairs = np.array([[table[t, (1 + lam) * t, lam] for t in starts] for table in tables])  # (seeds, starts, 2)
+            future, present = np.moveaxis(pairs, -1, 0)
+            difference = column == "coefficient_rank"
+            curve = (future - present).mean(0) if difference else np.exp(np.log(future / present).mean(0))
+            axis.plot(starts, curve, style, color=plt.get_cmap("viridis")(index / 2.5), marker=".")
         axis.set(xscale="log", xlabel="t", title=kinds.get(column, "Rank correlation of coefficients"))
         axis.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
         axis.axhline(0 if column == "coefficient_rank" else 1, color="0.3", linewidth=0.8)
@@ -417,9 +414,6 @@ def figure_forecast(runs):
     handles += [Line2D([], [], color="0.3", linestyle=style, label=f"lr {lr:g}") for lr, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=5)
     return figure, [run for some in groups.values() for run in some]
-
-
-ALPHABET = "0123456789+-*=?;#"  # of toy_math/tokenizer.py
 
 
 def figure_tokens(runs):

@@ -10,7 +10,7 @@ import numpy as np
 
 METHOD = ("loss", "lam", "target", "beta", "alpha", "weight", "shift", "dapo")
 NOT_A_SETTING = (*METHOD, "seed", "measured", "environment")
-FORMAT = 3  # of the logs that this version reads: stages.FORMAT, which is not imported so that plotting needs no torch
+FORMAT = 3  # of logs and cached stages, part of every digest: raise it when the meaning of one changes
 NEEDED = {"accuracy", "coefficient_incorrect", "tokens_sampled"}  # columns of that format
 NAMES = {
     "off_rl": "Off-RL", "fpa": "FPA", "simper": "SimPER", "dpo": "DPO", "rpo": "RPO", "kto": "KTO", "a_star_po": "A*-PO",
@@ -114,6 +114,10 @@ def by(runs, key):
     for run in runs:
         groups.setdefault(key(run), []).append(run)
     return groups
+
+
+def fpa_runs(runs, lam=2.0, target="both"):
+    return where(runs, loss="fpa", lam=lam, target=target)
 
 
 def by_method(runs):

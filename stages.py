@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from losses import token_logps
+from losses import optimal_value, prompt_mean, token_logps
 from model import GPT, GPTConfig
+from results import FORMAT
 from toy_math.problems import draw_problems
 from toy_math.rollouts import corpus_rows, overlap, pack, read_rows, rollout_rows, sample
 from toy_math.tokenizer import VOCAB_SIZE
@@ -26,7 +27,6 @@ from toy_math.tokenizer import VOCAB_SIZE
 CONFIG = GPTConfig(vocab_size=VOCAB_SIZE)
 BASE_BATCH, BASE_LR, BASE_WARMUP = 32, 3e-3, 100
 EVAL_PROBLEMS = 256
-FORMAT = 3  # part of every digest: raise it when the meaning of a stage or of a log changes
 progress = functools.partial(tqdm, disable=None, leave=False)  # disable=None: a bar on a terminal only
 
 
@@ -73,6 +73,12 @@ def seeded(device, *parts):
 
 def adamw(model, lr):
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def completion_logps(model, tokens, mask, start):
+    """Logits (B, T - start, V) and token log-probabilities (B, T - start - 1) of the positions from `start` on."""
+    logits = model(tokens, start)
+    return logits, token_logps(logits, tokens[:, start:], mask[:, start:])
 
 
 # --- stages
@@ -177,7 +183,8 @@ def prepare(args, seed, prompts):
     """The stages, from the caches where they are: base model, training data, training problems, test problems.
 
     The data are tensors over N rollouts of T tokens: tokens and mask (N, T), ref_logits (N, T - start, V), and (N,) each
-    length, ref_logp_sum, reward, problem_ids and clean (no step is wrong); and `measured`, what the stages' JSON files say.
+    length, ref_logp_sum, reward, problem_ids, clean (no step is wrong), and, over the rows of its problem, value (A*-PO's V*)
+    and mean_reward; and `measured`, what the stages' JSON files say.
     Raises UserError where all rollouts are correct, or none is.
     """
     train_problems, test_problems = draw_splits(args, seed, prompts)
@@ -206,6 +213,8 @@ def prepare(args, seed, prompts):
         "problem_ids": torch.tensor([row["problem_id"] for row in rows], device=args.device),
         "clean": torch.tensor([row["first_wrong_step"] is None for row in rows], device=args.device),
     }
+    data["value"] = optimal_value(data["reward"], data["problem_ids"])
+    data["mean_reward"] = prompt_mean(data["reward"], data["problem_ids"])
     data["measured"] = {}
     for path in (rollouts_path, reference_path):
         data["measured"] |= json.loads(path.with_suffix(".json").read_text())

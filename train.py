@@ -27,7 +27,19 @@ import results
 from losses import future_logits, token_logps
 from model import GPT
 from options import EVAL_SAMPLES, MONITORED, parse_args, run_settings
-from stages import CONFIG, NonFiniteError, UserError, adamw, prepare, progress, replacing, save_model, seeded, write_json
+from stages import (
+    CONFIG,
+    NonFiniteError,
+    UserError,
+    adamw,
+    completion_logps,
+    prepare,
+    progress,
+    replacing,
+    save_model,
+    seeded,
+    write_json,
+)  # fmt: skip
 from toy_math.rollouts import evaluate, pack, rollout_rows, sample, samples_text
 
 # Each takes a batch b of rows (tensors) and a run's settings s; grpo samples its own rows, in `grpo_step`.
@@ -97,12 +109,6 @@ def problem_order(n_problems, steps, groups, seed):
 
 
 # --- one step
-
-
-def completion_logps(model, tokens, mask, start):
-    """Logits (B, T - start, V) and token log-probabilities (B, T - start - 1) of the positions from `start` on."""
-    logits = model(tokens, start)
-    return logits, token_logps(logits, tokens[:, start:], mask[:, start:])
 
 
 def trajectory_logps(model, data, rows, lam):
@@ -227,12 +233,7 @@ def train_policy(args, settings, folder, base, data, train_problems, test_proble
     """
     loss_name, lam, seed, steps, batch_size = (settings[key] for key in ("loss", "lam", "seed", "steps", "batch_size"))
     reward, measured = data["reward"], data["measured"]
-    data = {
-        **data,
-        "reference": base,
-        "value": losses.optimal_value(reward, data["problem_ids"]),
-        "mean_reward": losses.prompt_mean(reward, data["problem_ids"]),
-    }
+    data = {**data, "reference": base}
     online, generator = loss_name == "grpo", seeded(args.device, seed, "online")
     if online:
         order = problem_order(len(train_problems), steps, batch_size // settings["rollouts"], seed)
