@@ -1,12 +1,14 @@
 """A decoder-only transformer of the Llama/Qwen family, from scratch, with batched sampling.
 
-RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, tied or untied output head, optional Q/K/V bias. Module names
-follow the published checkpoints. Left out: dropout (none is used after pre-training), attention masks for left-padded
-prompts (the toy's prompts are of one width), and sliding windows.
+RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, tied or untied output head, optional Q/K/V bias, normalised
+queries and keys, and Llama 3's longer context. Module names follow the published checkpoints, which full_scale/ loads. Left
+out: dropout (none is used after pre-training), attention masks for left-padded prompts (those sampled together are of one
+width), and sliding windows.
 
 Shapes: B sequences, T tokens, V vocabulary, D model width, H query heads, K key/value heads.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +34,14 @@ class GPTConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = False  # Qwen2.5 has it, Llama does not
     tied_head: bool = True
+    # None in the toy, whose settings leave them out: a new one changes no digest
+    own_head_dim: int | None = None  # where it is not d_model / n_heads: Qwen3
+    qk_norm: bool | None = None  # Qwen3 normalises queries and keys
+    rope_scaling: tuple | None = None  # Llama 3.1's factor, low and high frequency factor, and original number of positions
 
     def __post_init__(self):
-        if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads or self.head_dim % 2:
+        undivided = self.own_head_dim is None and self.d_model % self.n_heads
+        if undivided or self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise ValueError(
                 f"d_model {self.d_model} must split into n_heads {self.n_heads} of even width, "
                 f"and n_heads into n_kv_heads {self.n_kv_heads} groups"
@@ -42,16 +49,16 @@ class GPTConfig:
 
     @property
     def head_dim(self):
-        return self.d_model // self.n_heads
+        return self.own_head_dim or self.d_model // self.n_heads
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019). (..., D) -> (..., D)."""
+    """x / rms(x) * weight over the last dimension, `width` wide (Zhang and Sennrich 2019). (..., D) -> (..., D)."""
 
-    def __init__(self, config):
+    def __init__(self, config, width=None):
         super().__init__()
         self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.weight = nn.Parameter(torch.ones(width or config.d_model))
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -60,7 +67,13 @@ class RMSNorm(nn.Module):
 def rotary_table(positions, config):
     """cos and sin of every position's rotation angles, (T, head_dim) each, the two halves alike (Su et al. 2021)."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
-    angles = positions[:, None] * config.rope_theta**-exponent  # (T, head_dim/2)
+    frequency = config.rope_theta**-exponent
+    if config.rope_scaling:  # slow turns slower still, so that a longer context has no angle that the original had not
+        factor, low, high, original = config.rope_scaling
+        turns = original * frequency / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    angles = positions[:, None] * frequency  # (T, head_dim/2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -95,25 +108,29 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        kv_width = config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=config.qkv_bias)
+        width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, width, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.o_proj = nn.Linear(width, config.d_model, bias=False)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(config, config.head_dim), RMSNorm(config, config.head_dim)
 
     def forward(self, x, rope, cache=None, start=0):
         """x (B, T, D) -> (B, T, D). A cache (2, B, K, capacity, head_dim), keys then values, is filled from position `start`,
         which x begins at."""
-        B, T, D = x.shape
+        B, T, _ = x.shape
         q, k, v = (
             proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, H or K, T, head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             cache[:, :, :, start : start + T] = torch.stack([k, v])
             k, v = cache[:, :, :, : start + T]
-        return self.o_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D))
+        return self.o_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
 
 
 class SwiGLU(nn.Module):
@@ -183,7 +200,8 @@ class GPT(nn.Module):
     def generate(self, prompts, max_new_tokens, eos, pad, temperature=1.0, generator=None, samples=1):
         """Sample completions of prompts (B, P) -> (B * samples, max_new_tokens), EOS kept and PAD after it, prompt by prompt.
 
-        temperature 0 takes the most likely token. `generator` is a torch.Generator on the prompts' device.
+        temperature 0 takes the most likely token. `eos` is a token or a tensor of several. `generator` is a torch.Generator on
+        the prompts' device.
         """
         B, P = prompts.shape
         c = self.config
@@ -200,7 +218,7 @@ class GPT(nn.Module):
             else:
                 token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
             completions[:, t] = token.masked_fill(done, pad)
-            done |= token == eos
+            done |= torch.isin(token, eos)
             if t == max_new_tokens - 1 or done.all():
                 break
             hidden = self.hidden(token[:, None], cache, P + t)[:, -1]

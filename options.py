@@ -45,22 +45,17 @@ def checked(kind, accepts, described):
     return parse
 
 
-def parse_args(argv=None):
-    """The flags, every one checked before anything is written; a wrong one is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description="Offline RL on synthetic arithmetic: Off-RL, Future Policy Approximation (FPA) and their neighbours.",
-        epilog="Flags shown with several values take several, and then the runs are their product.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
-    count = checked(int, lambda value: 1 <= value < 2**31, "a whole number of at least 1")
-    natural = checked(int, lambda value: 0 <= value < 2**31, "a whole number of at least 0 and below 2^31")
-    positive = checked(float, lambda value: value > 0, "a finite number above 0")
-    not_negative = checked(float, lambda value: value >= 0, "a finite number of at least 0")
-    finite = checked(float, lambda value: True, "a finite number")
-    share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-    own = "%(default).0s"  # keeps argparse from adding a default where every loss has its own
+count = checked(int, lambda value: 1 <= value < 2**31, "a whole number of at least 1")
+natural = checked(int, lambda value: 0 <= value < 2**31, "a whole number of at least 0 and below 2^31")
+positive = checked(float, lambda value: value > 0, "a finite number above 0")
+not_negative = checked(float, lambda value: value >= 0, "a finite number of at least 0")
+finite = checked(float, lambda value: True, "a finite number")
+share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
+
+def add_method_flags(parser):
+    """The flags that choose the method; `methods` reads them."""
+    own = "%(default).0s"  # keeps argparse from adding a default where every loss has its own
     add = parser.add_argument_group("method").add_argument
     add("--loss", nargs="+", default=["off_rl", "fpa"], choices=NAMES, metavar="NAME", help=f"{', '.join(NAMES)}; "
         "fpa is off_rl with --lam 2, grpo is online, and constant and sharpened are controls")  # fmt: skip
@@ -78,9 +73,19 @@ def parse_args(argv=None):
     )
     add("--dapo", action="store_true", help="grpo with DAPO's normalisation, over the batch's tokens, and without the prompts "
         "whose samples all have one reward")  # fmt: skip
-    add("--seed", nargs="+", default=[0], type=natural, metavar="N", help="seed of the whole pipeline, base model included")
 
+
+def parse_args(argv=None):
+    """The flags, every one checked before anything is written; a wrong one is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        description="Offline RL on synthetic arithmetic: Off-RL, Future Policy Approximation (FPA) and their neighbours.",
+        epilog="Flags shown with several values take several, and then the runs are their product.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
+    add_method_flags(parser)
     add = parser.add_argument_group("training").add_argument
+    add("--seed", nargs="+", default=[0], type=natural, metavar="N", help="seed of the whole pipeline, base model included")
     add("--steps", default=1000, type=count, metavar="N", help="optimizer steps")
     add("--lr", nargs="+", default=[2e-4], type=positive, metavar="X", help="AdamW's learning rate, constant")
     add("--batch-size", default=64, type=count, metavar="N", help="trajectories a step; offline, half correct, half incorrect")
@@ -107,19 +112,24 @@ def parse_args(argv=None):
     return args
 
 
-def check_args(parser, args):
-    """What no single flag shows: flags at odds, too few problems, the output folder; settles `--device auto`."""
-    if args.batch_size % 2:
-        parser.error(f"argument --batch-size: must be even, half correct and half incorrect, not {args.batch_size}")
+def check_method_flags(parser, args):
+    """Flags of other losses than those that are asked for."""
     for flag, users in USERS.items():
         if getattr(args, flag) is not parser.get_default(flag) and not set(users) & set(args.loss):
             parser.error(f"argument --{flag}: {' '.join(args.loss)} has none; only {', '.join(users)}")
-    if "grpo" in args.loss and (args.rollouts == 1 or args.batch_size % args.rollouts):
-        parser.error(f"argument --rollouts: grpo needs at least 2, and --batch-size a multiple of them, not {args.rollouts}")
     if args.target is not parser.get_default("target") and not any(
         m["target"] for m in methods(args) if m["loss"] != "constant"
     ):
         parser.error(f"argument --target: no run weights rows by another coefficient; --lam is 0 for {' '.join(args.loss)}")
+
+
+def check_args(parser, args):
+    """What no single flag shows: flags at odds, too few problems, the output folder; settles `--device auto`."""
+    if args.batch_size % 2:
+        parser.error(f"argument --batch-size: must be even, half correct and half incorrect, not {args.batch_size}")
+    check_method_flags(parser, args)
+    if "grpo" in args.loss and (args.rollouts == 1 or args.batch_size % args.rollouts):
+        parser.error(f"argument --rollouts: grpo needs at least 2, and --batch-size a multiple of them, not {args.rollouts}")
     try:  # too few problems of this length are noticed before anything is trained
         for seed, prompts in itertools.product(args.seed, args.prompts):
             draw_splits(args, seed, prompts)

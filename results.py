@@ -78,7 +78,9 @@ def read_run(folder):
 
 
 def run_folders(root):
-    return sorted(path.parent for path in root.glob("**/config.json"))
+    """Folders with a config.json, but for those inside of one, such as the checkpoints of full_scale/."""
+    folders = {path.parent for path in root.glob("**/config.json")}
+    return sorted(folder for folder in folders if folder.parent not in folders)
 
 
 def read_runs(folders):
@@ -180,10 +182,10 @@ def label(method):
 
 
 def describe(config):
-    return (
-        f"{config['prompts']} prompts × {config['rollouts']} rollouts, {config['ops']} operations, {config['steps']} steps, "
-        f"lr {config['lr']:g}, accuracy at T = {config['eval_temperature']:g}"
-    )
+    task = f"{config['ops']} operations" if "ops" in config else f"{config['init']}"  # the toy's, or of full_scale/
+    measured = f", accuracy at T = {config['eval_temperature']:g}" if "ops" in config else ""
+    size = f"{config['prompts']} prompts × {config['rollouts']} rollouts"
+    return f"{size}, {task}, {config['steps']} steps, lr {config['lr']:g}{measured}"
 
 
 def summary(runs):

@@ -75,6 +75,11 @@ def adamw(model, lr):
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
+def warmup_cosine(step, warmup, steps):
+    """The factor of a learning rate that rises linearly over `warmup` steps and falls as a cosine to 0 at the end."""
+    return min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
 def completion_logps(model, tokens, mask, start):
     """Logits (B, T - start, V) and token log-probabilities (B, T - start - 1) of the positions from `start` on."""
     logits = model(tokens, start)
@@ -89,7 +94,7 @@ def stage_settings(args, seed, prompts):
     base = {
         "format": FORMAT,
         "seed": seed,
-        "model": asdict(CONFIG),
+        "model": {name: value for name, value in asdict(CONFIG).items() if value is not None},
         "ops": args.ops,
         "slip": args.slip,
         "base_steps": args.base_steps,
@@ -113,10 +118,7 @@ def base_model(args, seed, path):
 
     optimizer = adamw(model, BASE_LR)
     warmup = min(BASE_WARMUP, args.base_steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * step / args.base_steps)),
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, args.base_steps))
     began, losses = time.time(), []
     for batch, batch_mask in progress(zip(tokens, mask), total=args.base_steps, desc="base model"):
         loss = -token_logps(model(batch), batch, batch_mask).sum() / batch_mask.sum()

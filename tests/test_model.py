@@ -12,6 +12,8 @@ VARIANTS = {
     "untied": {"tied_head": False},
     "bias, no groups": {"qkv_bias": True, "n_kv_heads": 4},
     "one kv head, wide theta": {"n_kv_heads": 1, "rope_theta": 500_000.0},
+    "normalised heads of their own width": {"qk_norm": True, "own_head_dim": 12},
+    "longer context": {"rope_scaling": (8.0, 1.0, 4.0, 16), "rope_theta": 100.0},
 }
 
 
@@ -47,7 +49,13 @@ def plain_forward(model, tokens):
 
     def turn(vectors):  # dimensions i and i + half are one complex number, rotated by position x theta^(-i / half)
         half = c.head_dim // 2
-        angles = torch.arange(len(vectors))[:, None] * c.rope_theta ** (-torch.arange(half) / half)
+        frequencies = c.rope_theta ** (-torch.arange(half) / half)
+        if c.rope_scaling:  # as published: by wavelength, kept below one bound, slowed above the other, mixed between
+            factor, low, high, original = c.rope_scaling
+            for i, wavelength in enumerate((2 * torch.pi / frequencies).tolist()):
+                mix = min(max((original / wavelength - low) / (high - low), 0), 1)
+                frequencies[i] *= (1 - mix) / factor + mix
+        angles = torch.arange(len(vectors))[:, None] * frequencies
         turned = torch.complex(vectors[:, :half], vectors[:, half:]) * torch.polar(torch.ones(()), angles)
         return torch.cat([turned.real, turned.imag], dim=-1)
 
@@ -56,6 +64,9 @@ def plain_forward(model, tokens):
         layer = f"layers.{i}."
         y = norm(x, layer + "input_layernorm")
         q, k, v = (project(y, f"{layer}self_attn.{name}_proj").split(c.head_dim, dim=-1) for name in "qkv")
+        if c.qk_norm:
+            q = [norm(head, layer + "self_attn.q_norm") for head in q]
+            k = [norm(head, layer + "self_attn.k_norm") for head in k]
         heads = []
         for h in range(c.n_heads):
             group = h // (c.n_heads // c.n_kv_heads)  # neighbouring query heads share a key/value head

@@ -1,5 +1,6 @@
 """README.md against the code and the committed logs: its commands, paths, pasted output, code, table and findings."""
 
+import functools
 import re
 import shlex
 import shutil
@@ -17,11 +18,17 @@ import plots
 import results
 import stages
 import train
+from full_scale.load_hf import PROMPT, empty_model, parameter_count, training_gib
+from model import GPTConfig
 
 README = Path("README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
 COMMANDS = [
-    line for language, block in BLOCKS if not language for line in block.splitlines() if re.match(r"(pip|python) ", line)
+    line
+    for language, block in BLOCKS
+    if not language
+    for line in block.splitlines()
+    if re.match("(pip|python|torchrun) ", line)
 ]
 RUNS = results.read_runs(results.run_folders(Path("logs")))
 MAIN = results.main_runs(RUNS)
@@ -33,9 +40,9 @@ def block_with(text):
 
 
 def test_the_two_commands_are_there_and_ci_runs_the_second():
-    install = "pip install -r requirements.txt && python "
-    assert install + "train.py --loss fpa --lam 2" in COMMANDS and install + "-m pytest" in COMMANDS
-    assert install + "-m pytest" in Path(".ci/run").read_text()
+    main, tests = "requirements.txt && python train.py --loss fpa --lam 2", "tests/requirements.txt && python -m pytest"
+    assert f"pip install -r {main}" in COMMANDS and f"pip install -r {tests}" in COMMANDS
+    assert f"pip install -r {tests}" in Path(".ci/run").read_text()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -44,9 +51,19 @@ def test_commands_parse(command, tmp_path):
         words = shlex.split(part, comments=True)
         if words[:2] == ["python", "train.py"]:
             options.parse_args(words[2:])
+        elif "-m" in words and words[words.index("-m") + 1].startswith("full_scale."):
+            name, *flags = words[words.index("-m") + 1 :]
+            flags = {word for word in flags if word.startswith("--")}
+            assert flags <= set(re.findall(r"--[a-z-]+", help_of("-m", name)))
+        elif words[:2] == ["pip", "install"]:
+            assert Path(words[3]).is_file()
         else:
-            assert words[0] == "pip" or words[1] == "-m" or Path(words[1]).is_file()
-    assert command.startswith(("pip", "python"))
+            assert words[1] == "-m" or Path(words[1]).is_file()
+
+
+@functools.cache
+def help_of(*words):
+    return subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True, check=True).stdout
 
 
 def file_tree():
@@ -67,8 +84,7 @@ def test_paths_exist():
 
 
 def test_flags_in_the_text_exist():
-    programs = ("train.py", "bench.py", "plots.py")
-    helps = [subprocess.run([sys.executable, name, "--help"], capture_output=True, text=True).stdout for name in programs]
+    helps = [help_of(name) for name in ("train.py", "bench.py", "plots.py")] + [help_of("-m", "full_scale.rollouts")]
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert any(flag in text for text in helps)
 
@@ -110,6 +126,32 @@ def test_pasted_output_is_the_committed_run():
     pasted = [line.split("ETA")[0] for line in block_with("ETA").splitlines() if line.startswith("step")]
     assert len(pasted) > 5 and all(line in expected for line in pasted)
     assert results.summary([run]).strip() in block_with("ETA") and run.folder.name in block_with("ETA")
+
+
+SHAPES = {  # as published
+    "Qwen/Qwen2.5-Math-7B": {"vocab_size": 152064, "d_model": 3584, "n_layers": 28, "n_heads": 28, "n_kv_heads": 4,
+                             "d_ff": 18944, "qkv_bias": True, "tied_head": False},
+    "deepseek-ai/deepseek-math-7b-instruct": {"vocab_size": 102400, "d_model": 4096, "n_layers": 30, "n_heads": 32,
+                                              "n_kv_heads": 32, "d_ff": 11008, "tied_head": False},
+    "meta-llama/Llama-3.2-3B-Instruct": {"vocab_size": 128256, "d_model": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8,
+                                         "d_ff": 8192},
+    "Qwen/Qwen2.5-Math-1.5B": {"vocab_size": 151936, "d_model": 1536, "n_layers": 28, "n_heads": 12, "n_kv_heads": 2,
+                               "d_ff": 8960, "qkv_bias": True},
+    "Qwen/Qwen2.5-0.5B": {"vocab_size": 151936, "d_model": 896, "n_layers": 24, "n_heads": 14, "n_kv_heads": 2, "d_ff": 4864,
+                          "qkv_bias": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_memory_table_is_the_loaders(name):
+    config = GPTConfig(**SHAPES[name])
+    parameters = parameter_count(empty_model(config))
+    cells = [f"{training_gib(config, parameters, gpus, 'bf16'):.0f}" for gpus in (1, 2, 4, 8)]
+    assert f"| {name} | {parameters / 1e9:.2f} B | {' | '.join(cells)} |" in README
+
+
+def test_the_prompt_of_full_scale_is_the_one_that_is_asked():
+    assert PROMPT in " ".join(README.split())
 
 
 # --- the runs

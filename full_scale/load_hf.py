@@ -1,0 +1,389 @@
+"""Published checkpoints in model.py, and back into their own form: config.json, *.safetensors, tokenizer.json.
+
+    python -m full_scale.load_hf Qwen/Qwen2.5-Math-1.5B   # what it is, the memory that training takes, a greedy answer
+
+Architectures: Llama (Llama 2 and 3, DeepSeekMath), Qwen2, Qwen3. Pickle checkpoints (.bin, .pt) are refused: reading one can
+run any code. Left out: quantised checkpoints, sliding windows, other rotary scalings than Llama 3's.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+
+import jinja2
+import jinja2.sandbox
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from model import GPT, GPTConfig
+from options import count
+from stages import UserError, replacing, write_json
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PUBLISHED = ("*.json", "*.safetensors", "*.jinja")  # what is downloaded
+# Beside config.json and the weights; copied as they are.
+COMPANIONS = (
+    "tokenizer.json tokenizer_config.json chat_template.jinja generation_config.json special_tokens_map.json vocab.json "
+    "merges.txt added_tokens.json"
+).split()
+PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+# --- config.json
+
+
+def read_json(path):
+    """A JSON file's object. Raises UserError that names the file."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error.strerror if isinstance(error, OSError) else f'not JSON: {error}'}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
+
+
+def gpt_config(raw, path):
+    """GPTConfig of a published config.json's object. Raises UserError on what model.py does not compute."""
+    architecture = (raw.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{path}: architecture {architecture} is not supported, only {', '.join(ARCHITECTURES)}")
+    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    refused = {
+        f"rotary scaling {kind!r}": kind not in ("default", "llama3"),
+        f"activation {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+        "a bias in every attention layer": raw.get("attention_bias"),
+        "a bias in the feed-forward layers": raw.get("mlp_bias"),
+        "sliding windows": raw.get("use_sliding_window"),
+        "quantised weights": raw.get("quantization_config"),
+    }
+    for what, found in refused.items():
+        if found:
+            raise UserError(f"{path}: {what} is not supported")
+    try:
+        heads = raw["num_attention_heads"]
+        head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+        scaling = [rope[f"{name}factor"] for name in ("", "low_freq_", "high_freq_")] if kind == "llama3" else None
+        return GPTConfig(
+            vocab_size=raw["vocab_size"],
+            d_model=raw["hidden_size"],
+            n_layers=raw["num_hidden_layers"],
+            n_heads=heads,
+            n_kv_heads=raw.get("num_key_value_heads") or heads,
+            d_ff=raw["intermediate_size"],
+            rope_theta=float(rope.get("rope_theta") or 10_000.0),
+            norm_eps=raw["rms_norm_eps"],
+            qkv_bias=architecture == "Qwen2ForCausalLM",
+            tied_head=bool(raw.get("tie_word_embeddings", False)),
+            own_head_dim=None if head_dim * heads == raw["hidden_size"] else head_dim,
+            qk_norm=architecture == "Qwen3ForCausalLM" or None,
+            rope_scaling=(*scaling, rope["original_max_position_embeddings"]) if scaling else None,
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: no {error.args[0]}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+# --- weights
+
+
+def published_name(name):
+    """A tensor's name in the published checkpoint, from its name in model.py."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def empty_model(config):
+    """A GPT without memory for its weights, on torch's meta device."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def weight_files(folder):
+    """The *.safetensors files of a checkpoint. Raises UserError."""
+    if (folder / INDEX).exists():
+        names = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise UserError(f"{folder / INDEX}: no weight_map from tensors to files")
+        for tensor, name in names.items():
+            if name in ("", ".", "..") or Path(name).name != name:
+                raise UserError(f"{folder / INDEX}: tensor {tensor} is in {name!r}, outside the folder")
+        files = [folder / name for name in sorted(set(names.values()))]
+    else:
+        files = [folder / "model.safetensors"]
+        if not files[0].exists():
+            raise UserError(f"{folder}: no *.safetensors; pickle checkpoints (.bin, .pt) are refused: they can run any code")
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: this shard is missing")
+    return files
+
+
+def find_tensors(folder, model):
+    """{name in model.py: file}, after a look at every file's header: nothing is read before all shapes and dtypes fit.
+
+    Raises UserError that names the file and the tensor.
+    """
+    wanted = {published_name(name): name for name in model.state_dict()}
+    shapes, places = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}, {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                headers = {name: (header.get_shape(), header.get_dtype()) for name, header in headers.items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+        for published, (shape, dtype) in headers.items():
+            tied_copy = model.config.tied_head and published == "lm_head.weight"
+            if tied_copy or published.endswith("rotary_emb.inv_freq"):
+                continue
+            name = wanted.get(published)
+            if name is None:
+                raise UserError(f"{path}: tensor {published} has no place in this architecture")
+            if name in places:
+                raise UserError(f"{path}: tensor {published} is also in {places[name]}")
+            if shape != shapes[name]:
+                raise UserError(f"{path}: tensor {published} is of shape {shape}, not {shapes[name]}")
+            if dtype not in DTYPES:
+                raise UserError(f"{path}: tensor {published} is of type {dtype}, not one of {', '.join(DTYPES)}")
+            places[name] = path
+    for published, name in wanted.items():
+        if name not in places:
+            raise UserError(f"{folder}: tensor {published} is missing")
+    return places
+
+
+@torch.no_grad()
+def fill(model, places):
+    """Copy every tensor into the model, cast to its type, file by file; a parameter that is sharded takes its own part."""
+    parameters = dict(model.named_parameters())
+    for path in sorted(set(places.values())):
+        with safe_open(path, "pt") as file:
+            for name in (name for name, place in places.items() if place == path):
+                parameter, tensor = parameters[name], file.get_tensor(published_name(name))
+                if isinstance(parameter, torch.distributed.tensor.DTensor):
+                    tensor = torch.distributed.tensor.distribute_tensor(
+                        tensor.to(parameter.device, parameter.dtype),
+                        parameter.device_mesh,
+                        parameter.placements,
+                        src_data_rank=None,  # every process has read it
+                    )
+                parameter.copy_(tensor)
+
+
+def fetch(name_or_folder):
+    """The folder itself, or that of a hub name's files, downloaded once. Raises UserError."""
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    try:
+        return Path(snapshot_download(str(name_or_folder), allow_patterns=PUBLISHED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{name_or_folder}: no such folder, nor from the hub: {str(error).splitlines()[0]}") from None
+
+
+def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu"):
+    """A published checkpoint, by hub name or folder -> (GPT, ChatTokenizer). Raises UserError; nothing is loaded then."""
+    folder = fetch(name_or_folder)
+    model = empty_model(gpt_config(read_json(folder / "config.json"), folder / "config.json"))
+    places, tokenizer = find_tensors(folder, model), ChatTokenizer(folder)
+    model = model.to(dtype).to_empty(device=device)
+    fill(model, places)
+    return model, tokenizer
+
+
+def save_pretrained(model, folder, source, dtype=None):
+    """Write a checkpoint that transformers and vLLM load: weights with their published names, and the rest from `source`.
+
+    source: the folder that the model was loaded from, whose config.json and tokenizer are copied. dtype: the weights' own
+    where None. Of a model sharded over processes each must call this; the first one writes, a tensor at a time.
+    """
+    folder, source = Path(folder), Path(source)
+    tensors = dict(model.named_parameters())
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    dtype = dtype or next(iter(tensors.values())).dtype
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.numel() * dtype.itemsize > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.numel() * dtype.itemsize
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        whole = {}
+        for name in names:
+            tensor = tensors[name].detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+            if first:
+                whole[published_name(name)] = tensor.to("cpu", dtype).contiguous()
+        weight_map |= dict.fromkeys(whole, file)
+        if first:
+            with replacing(folder / file) as temporary:
+                save_file(whole, temporary, metadata={"format": "pt"})
+    if first:
+        if len(shards) > 1:
+            size = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+            write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        for name in COMPANIONS:
+            if (source / name).exists():
+                with replacing(folder / name) as temporary:
+                    temporary.write_bytes((source / name).read_bytes())
+        raw = read_json(source / "config.json")
+        raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        write_json(folder / "config.json", raw)
+
+
+# --- tokenizer
+
+
+class ChatTokenizer:
+    """A checkpoint's tokenizer.json with its chat template. Raises UserError where a file is missing or broken.
+
+    eos: the token that ends an answer and is trained as such; stops: all tokens that end one, a set.
+    """
+
+    def __init__(self, folder):
+        path = folder / "tokenizer.json"
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{path}: {error}") from None
+        names = ("tokenizer_config.json", "generation_config.json")
+        config, generation = (read_json(folder / name) if (folder / name).exists() else {} for name in names)
+        texts = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self.texts = {key: text.get("content") if isinstance(text, dict) else text for key, text in texts.items() if text}
+        ids = generation.get("eos_token_id", read_json(folder / "config.json").get("eos_token_id"))
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        own = self.tokenizer.token_to_id(self.texts.get("eos_token", ""))
+        self.stops = {*ids, *([] if own is None else [own])}
+        if not self.stops:
+            raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json, no eos_token")
+        self.eos = ids[0] if own is None else own
+        template = folder / "chat_template.jinja"
+        template = template.read_text() if template.exists() else config.get("chat_template")
+        if isinstance(template, list):  # several, each with a name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        self.template = compiled(template) if template else None
+
+    def encode(self, text, special=True):
+        """Token ids; with the tokens that the tokenizer puts around a text, unless `special` is off or the text has its BOS."""
+        begun = "bos_token" in self.texts and text.startswith(self.texts["bos_token"])
+        return self.tokenizer.encode(text, add_special_tokens=special and not begun).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+    def render(self, messages):
+        """The chat template's text of a list of {"role", "content"}, up to where the answer begins. Raises UserError."""
+        if self.template is None:
+            raise UserError("this checkpoint has no chat template, so a prompt must be a text, not a list of messages")
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True, **self.texts)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template refuses these messages: {error}") from None
+
+    def ask(self, problem):
+        """A problem as a prompt: through the chat template where there is one, else as plain text."""
+        if self.template is None:
+            return f"{problem}\n{PROMPT}\n"
+        return self.render([{"role": "system", "content": PROMPT}, {"role": "user", "content": problem}])
+
+
+def compiled(template):
+    """A chat template, in the sandbox and with the helpers that published ones rely on."""
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template: {error}") from None
+
+
+# --- what it takes
+
+
+def parameter_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def training_gib(config, parameters, gpus, precision, tokens=4096, chunk=256):
+    """An estimate of a GPU's peak memory in full_scale/train.py, in GiB: what its tensors add up to, without fragmentation.
+
+    precision "fp32" or "bf16", whose weights, gradients and AdamW moments are fp32 all the same, 16 bytes a parameter over
+    all GPUs. With a cached reference, activation checkpointing, and `tokens` tokens at once.
+    """
+    size = {"fp32": 4, "bf16": 2}[precision]
+    head = config.vocab_size * config.d_model
+    layer = (parameters - (1 if config.tied_head else 2) * head) // config.n_layers
+    gathered = (head * (1 if config.tied_head else 2) + 2 * layer) * (size + 4) if gpus > 1 or size == 2 else 0
+    activations = tokens * (config.n_layers * config.d_model + 4 * config.d_ff + 8 * config.d_model) * size
+    logits = 4 * chunk * config.vocab_size * 4
+    return (16 * parameters / gpus + gathered + head * (size + 4) + activations + logits) / 2**30
+
+
+def describe(name, folder, raw, model):
+    """The lines of `python -m full_scale.load_hf` before the sample."""
+    c, parameters = model.config, parameter_count(model)
+    lines = [
+        f"{name}: {raw['architectures'][0]}, {parameters / 1e9:.2f} billion parameters",
+        f"  folder       {folder}",
+        f"  shape        {c.n_layers} layers, width {c.d_model}, {c.n_heads} heads of {c.head_dim}, {c.n_kv_heads} key/value "
+        f"heads, feed-forward {c.d_ff}, vocabulary {c.vocab_size}",
+        "",
+        "training memory of each GPU, estimated, GiB (16 bytes a parameter over all GPUs, and 4,096 tokens at once)",
+        "  GPUs " + "".join(f"{gpus:>8}" for gpus in (1, 2, 4, 8)),
+    ]
+    for precision in ("fp32", "bf16"):
+        cells = [training_gib(c, parameters, gpus, precision) for gpus in (1, 2, 4, 8)]
+        lines.append(f"  {precision} " + "".join(f"{cell:8.0f}" for cell in cells))
+    return "\n".join(lines)
+
+
+def run(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m full_scale.load_hf", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="What a published checkpoint is, the memory that training it takes, and an answer of it.",
+    )  # fmt: skip
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    parser.add_argument("name", help="hub name, such as Qwen/Qwen2.5-Math-1.5B, or folder")
+    parser.add_argument("--prompt", default="What is 17 * 24?", metavar="TEXT", help="what to answer, greedily")
+    parser.add_argument("--tokens", default=64, type=count, metavar="N", help="at most so many of them")
+    args = parser.parse_args(argv)
+    try:
+        folder = fetch(args.name)
+        raw = read_json(folder / "config.json")
+        print(describe(args.name, folder, raw, empty_model(gpt_config(raw, folder / "config.json"))))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, tokenizer = load_pretrained(folder, torch.float32 if device == "cpu" else torch.bfloat16, device)
+        prompt = torch.tensor([tokenizer.encode(tokenizer.ask(args.prompt))], device=device)
+        stops = torch.tensor(sorted(tokenizer.stops), device=device)
+        answer = model.generate(prompt, args.tokens, stops, tokenizer.eos, temperature=0)[0].tolist()
+        print(f"\n{args.prompt}\n  {tokenizer.decode(answer).strip()}")
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

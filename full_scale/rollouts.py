@@ -1,0 +1,254 @@
+"""From problems to verified rollouts of a checkpoint, as JSON lines; reading such lines for training.
+
+    python -m full_scale.rollouts --model Qwen/Qwen2.5-Math-1.5B --problems problems.jsonl --n 8 --out rollouts.jsonl
+
+A line is {"prompt", "completion", "label"}, TRL's unpaired preference format, and the problem's number and `finished`, False
+where the answer was cut off. Answers are verified by math-verify. vLLM samples where it is installed, else model.py. Left
+out: the sampled token ids (training tokenizes the text again).
+
+A problems file has a JSON object a line. Fields by data set, as their dumps carry them, and the mapping to give:
+    MATH-500        problem, answer                 none needed
+    GSM8K           question, answer ("… #### 42")  --fields question answer
+    AIME            problem (or Problem), answer    --fields Problem Answer
+    AMC, Minerva    question, answer                --fields question answer
+    OlympiadBench   question, final_answer (a list) --fields question final_answer
+"""
+
+import argparse
+import collections
+import json
+import random
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from math_verify import parse, verify
+
+from options import count, natural, not_negative
+from stages import UserError, progress, write_json
+
+from .load_hf import fetch, load_pretrained
+
+AT_ONCE = 64  # sequences that model.py samples together
+
+
+# --- lines
+
+
+def read_lines(path):
+    """[(line number, object)] of a file of JSON lines, blank ones left out. Raises UserError that names file and line."""
+    lines = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, text in enumerate(file, start=1):
+                if text.strip():
+                    value = json.loads(text)
+                    if not isinstance(value, dict):
+                        raise UserError(f"{path}, line {number}: not a JSON object")
+                    lines.append((number, value))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}" if isinstance(error, UnicodeError) else f"{path}, line {number}: {error}") from None
+    if not lines:
+        raise UserError(f"{path}: empty")
+    return lines
+
+
+def message_text(value, tokenizer, role):
+    """A prompt or completion as text: as it is, or, of a list of messages, by the chat template or the answer's content."""
+    if isinstance(value, str):
+        return value
+    texts = isinstance(value, list) and [m.get("content") for m in value if isinstance(m, dict)]
+    if not texts or texts.count(None) or len(texts) < len(value) or (role == "assistant" and len(value) > 1):
+        raise ValueError("neither a text nor a list of messages" if role == "user" else "neither a text nor one message")
+    return tokenizer.render(value) if role == "user" else value[0]["content"]
+
+
+def read_rollouts(path, tokenizer):
+    """A file of rollouts -> [{"prompt", "completion", "label", "finished", "problem_id"}], texts rendered.
+
+    TRL's unpaired lines (prompt, completion, label) or its paired ones (prompt, chosen, rejected), which become two rows.
+    Rows of the same prompt are of the same problem. Raises UserError that names the file and the line.
+    """
+    rows, ids = [], {}
+    for number, line in read_lines(path):
+        pair = "chosen" in line
+        try:
+            prompt = message_text(line["prompt"], tokenizer, "user")
+            answers = [("chosen", True), ("rejected", False)] if pair else [("completion", line["label"])]
+            for name, label in answers:
+                if not isinstance(label, bool):
+                    raise ValueError(f"label is {json.dumps(label)}, neither true nor false")
+                completion = message_text(line[name], tokenizer, "assistant")
+                if not completion:
+                    raise ValueError(f"{name} is empty")
+                row = {"prompt": prompt, "completion": completion, "label": label, "finished": line.get("finished", True)}
+                rows.append({**row, "problem_id": ids.setdefault(prompt, len(ids))})
+        except KeyError as error:
+            raise UserError(f"{path}, line {number}: no {error.args[0]}") from None
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    return rows
+
+
+def read_problems(path, fields=("problem", "answer")):
+    """A problems file -> [(problem, gold answer)], by the names of its two fields. Raises UserError."""
+    problems = []
+    for number, line in read_lines(path):
+        values = []
+        for field in fields:
+            if field not in line:
+                raise UserError(f"{path}, line {number}: no {field}, only {', '.join(line)}: map the fields by --fields")
+            value = line[field]
+            value = value[0] if isinstance(value, list) and len(value) == 1 else value  # OlympiadBench
+            if isinstance(value, (list, dict)) or value is None or not str(value).strip():
+                raise UserError(f"{path}, line {number}: {field} is {json.dumps(value)[:60]}, not a text or a number")
+            values.append(str(value))
+        problem, answer = values
+        problems.append((problem, answer.rsplit("####", 1)[-1].strip()))  # GSM8K's answer ends its solution
+    return problems
+
+
+def is_correct(answer, completion):
+    """Whether a completion's final answer equals the gold one, by math-verify; a \\boxed{} one counts first."""
+    return bool(verify(parse(f"\\boxed{{{answer}}}"), parse(completion)))
+
+
+# --- sampling
+
+
+def sampler(args):
+    """A function from prompts and the number of samples of each to [[(text, finished)]], and the checkpoint's tokenizer."""
+    folder = fetch(args.model)
+    if args.engine == "vllm" or (args.engine == "auto" and torch.cuda.is_available() and find_spec("vllm")):
+        return vllm_sampler(args, folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_pretrained(folder, torch.float32 if device == "cpu" else torch.bfloat16, device)
+    stops = torch.tensor(sorted(tokenizer.stops), device=device)
+
+    def sample(prompts, counts, seed):
+        """A prompt at a time: its samples are of one width, so that nothing is padded."""
+        generator, answers = torch.Generator(device).manual_seed(seed), []
+        for prompt, wanted in zip(prompts, counts):
+            tokens = torch.tensor([tokenizer.encode(prompt)], device=device)
+            answers.append([])
+            while len(answers[-1]) < wanted:
+                some = min(wanted - len(answers[-1]), AT_ONCE)
+                sampled = model.generate(tokens, args.max_tokens, stops, -1, args.temperature, generator, some)
+                for ids in sampled.tolist():
+                    ends = [i for i, token in enumerate(ids) if token in tokenizer.stops]
+                    answers[-1].append((tokenizer.decode(ids[: ends[0]] if ends else ids), bool(ends)))
+        return answers
+
+    return sample, tokenizer
+
+
+def vllm_sampler(args, folder):
+    """The same with vLLM, all prompts at once, over `--gpus` GPUs."""
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise UserError(f"--engine vllm: {error}; pip install vllm") from None
+    from .load_hf import ChatTokenizer
+
+    tokenizer = ChatTokenizer(folder)
+    engine = LLM(model=str(folder), tensor_parallel_size=args.gpus)
+
+    def sample(prompts, counts, seed):
+        asked = [
+            SamplingParams(n=wanted, temperature=args.temperature, max_tokens=args.max_tokens, seed=seed + i,
+                           stop_token_ids=sorted(tokenizer.stops))
+            for i, wanted in enumerate(counts)
+        ]  # fmt: skip
+        inputs = [{"prompt_token_ids": tokenizer.encode(prompt)} for prompt in prompts]
+        outputs = engine.generate(inputs, asked)
+        return [[(sampled.text, sampled.finish_reason == "stop") for sampled in output.outputs] for output in outputs]
+
+    return sample, tokenizer
+
+
+def sample_problems(args):
+    """Sample until `args.out` holds args.n verified rollouts of every problem, going on where it stopped -> its rows.
+
+    Raises UserError, also where the file was made with other settings, which are kept beside it.
+    """
+    problems = read_problems(args.problems, args.fields)
+    settings = {key: getattr(args, key) for key in ("model", "n", "temperature", "max_tokens", "seed")}
+    settings |= {"problems": [answer for _, answer in problems]}
+    beside, rows = args.out.with_name(args.out.name + ".json"), []
+    if args.out.exists():
+        if not beside.exists() or json.loads(beside.read_text()) != settings:
+            raise UserError(f"{args.out} was made with other settings or problems: name another --out, or remove it")
+        text = args.out.read_text()
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # torn by an interruption
+            args.out.write_text(whole)
+        rows = [json.loads(line) for line in whole.splitlines()]
+    write_json(beside, settings)
+    have = collections.Counter(row["problem_id"] for row in rows)
+    todo = [i for i in range(len(problems)) if have[i] < args.n]
+    if rows:
+        print(f"resuming {args.out}: {len(rows)} of {args.n * len(problems)} rollouts are there")
+    if not todo:
+        return rows
+    sample, tokenizer = sampler(args)
+    with open(args.out, "a") as file, progress(total=len(todo), desc="problems") as bar:
+        for some in (todo[i : i + args.at_once] for i in range(0, len(todo), args.at_once)):
+            prompts, counts = [tokenizer.ask(problems[i][0]) for i in some], [args.n - have[i] for i in some]
+            seed = random.Random(f"{args.seed}/{some[0]}/{have[some[0]]}").getrandbits(31)
+            for i, prompt, answers in zip(some, prompts, sample(prompts, counts, seed)):
+                for text, finished in answers:
+                    row = {"prompt": prompt, "completion": text, "label": is_correct(problems[i][1], text)}
+                    rows.append({**row, "problem_id": i, "finished": finished})
+                    file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(some))
+    return rows
+
+
+# --- the command
+
+
+def add_flags(parser, n, temperature):
+    """The flags of rollouts.py and evaluate.py."""
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="hub name or folder of the checkpoint that answers")
+    add("--problems", required=True, type=Path, metavar="FILE", help="JSON lines with a problem and its answer each")
+    add("--fields", nargs=2, default=["problem", "answer"], metavar=("PROBLEM", "ANSWER"), help="names of these two fields")
+    add("--n", default=n, type=count, help="samples of each problem")
+    add("--temperature", default=temperature, type=not_negative, metavar="X", help="0: the most likely token")
+    add("--max-tokens", default=2048, type=count, metavar="N", help="longest answer")
+    add("--engine", default="auto", choices=["auto", "vllm", "own"], help="auto: vLLM where it and a GPU are, else model.py")
+    add("--gpus", default=1, type=count, metavar="N", help="GPUs that vLLM spreads the model over")
+    add("--at-once", default=64, type=count, metavar="N", help="problems sampled before their lines are written")
+    add("--seed", default=0, type=natural, metavar="N", help="of the sampling")
+
+
+def run(argv=None, parser=None, n=8, temperature=1.0, report=None):
+    parser = parser or argparse.ArgumentParser(
+        prog="python -m full_scale.rollouts", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Sample a checkpoint's answers to problems, verify them, and write them as JSON lines.",
+    )  # fmt: skip
+    add_flags(parser, n, temperature)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="where an interrupted command goes on")
+    args = parser.parse_args(argv)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        rows = sample_problems(args)
+        correct, finished = (sum(row[name] for row in rows) / len(rows) for name in ("label", "finished"))
+        print(f"{args.out}: {len(rows)} rollouts, {correct:.1%} correct, {finished:.1%} finished")
+        if report:
+            print(report(rows))
+    except (UserError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"interrupted: {args.out} keeps what is sampled; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,598 @@
+"""Offline RL of a published checkpoint on rollouts, by the toy's losses: on one GPU, or on several behind torchrun.
+
+    python -m full_scale.train --init Qwen/Qwen2.5-Math-1.5B --data rollouts.jsonl --loss fpa --lam 2
+    torchrun --nproc-per-node 8 -m full_scale.train --init Qwen/Qwen2.5-Math-7B --data rollouts.jsonl
+
+FSDP2 shards weights, gradients and optimizer, fp32 all of them, over the GPUs. The reference policy costs no second model:
+its last hidden states are computed once and kept on disk, and only its output head stays. No (B, T, V) tensor exists: the
+head is applied to a chunk of positions at a time. log.csv has the toy's columns, accuracies left to full_scale/evaluate.py.
+Left out: grpo, which samples at every step; packing of several rows into one (batches are of similar lengths instead).
+"""
+
+import argparse
+import csv
+import functools
+import hashlib
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as dcp
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from losses import future_logits, optimal_value, prompt_mean
+from options import add_method_flags, check_method_flags, count, methods, natural, positive
+from results import FORMAT
+from stages import NonFiniteError, UserError, adamw, digest, progress, replacing, warmup_cosine, write_json
+from train import COLUMNS, PAIRED, batch_order, objective, pair_order
+
+from .load_hf import ChatTokenizer, empty_model, fetch, fill, find_tensors, gpt_config, read_json, save_pretrained
+from .rollouts import read_rollouts
+
+CHUNK = 256  # positions whose logits exist at once
+MONITORED = 32  # correct, and as many incorrect, rows whose log-probabilities are logged
+SHARD_BYTES = 2**30
+
+
+# --- log-probabilities without a (B, T, V) tensor
+
+
+class HeadLogps(torch.autograd.Function):
+    """Log-probabilities of targets (N,) from hidden states (N, D) and a head (V, D), CHUNK positions at a time.
+
+    Returns them (N,) under the policy, whose gradient flows, and under the future policy, detached; the latter needs the
+    reference's hidden states and head, and is the former where they are None. Backward computes the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, ref_hidden, ref_head, lam):
+        present, future, normalisers = [], [], []
+        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
+            logits = (hidden[rows] @ head.T).float()  # (CHUNK, V)
+            chosen = targets[rows, None]
+            normalisers.append(logits.logsumexp(-1))
+            present.append(logits.gather(-1, chosen)[:, 0] - normalisers[-1])
+            if ref_hidden is not None:
+                logits = future_logits(logits, ref_hidden[rows] @ ref_head.T, lam)
+                future.append(logits.gather(-1, chosen)[:, 0] - logits.logsumexp(-1))
+        present = torch.cat(present)
+        future = torch.cat(future) if future else present.clone()
+        ctx.save_for_backward(hidden, head, targets, torch.cat(normalisers))
+        ctx.mark_non_differentiable(future)
+        return present, future
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        hidden, head, targets, normalisers = ctx.saved_tensors
+        hidden_grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
+        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
+            grad = -((hidden[rows] @ head.T).float() - normalisers[rows, None]).exp_()  # of logits: 1[target] - softmax
+            grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
+            grad = (grad * upstream[rows, None]).to(head.dtype)
+            hidden_grad[rows] = grad @ head
+            head_grad += grad.T @ hidden[rows]
+        return hidden_grad, head_grad.to(head.dtype), None, None, None, None
+
+
+def head_of(model):
+    return model.embed_tokens.weight if model.config.tied_head else model.lm_head.weight
+
+
+def completion_hidden(model, tokens, mask):
+    """Hidden states (N, D) that predict the completion tokens of tokens (B, T), row by row, and these tokens (N,)."""
+    return model.hidden(tokens)[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]]
+
+
+def row_sums(values, mask):
+    """(N,) values of completion tokens, row by row -> their sums (B,)."""
+    rows = mask[:, 1:].nonzero()[:, 0]
+    return torch.zeros(len(mask), device=values.device).index_add(0, rows, values)
+
+
+# --- data
+
+
+def read_data(args, tokenizer):
+    """The rollouts as token ids and the toy's tensors (N,) over rows. Raises UserError."""
+    tokens, prompt_length, kept, long = [], [], [], 0
+    encoded = functools.cache(tokenizer.encode)  # prompts repeat
+    for row in read_rollouts(args.data, tokenizer):
+        prompt = encoded(row["prompt"])
+        completion = tokenizer.encode(row["completion"], special=False) + [tokenizer.eos] * row["finished"]
+        if len(prompt) + len(completion) > args.max_length:
+            long += 1
+            continue
+        tokens.append(torch.tensor(prompt + completion))
+        prompt_length.append(len(prompt))
+        kept.append(row)
+    if long:
+        say(f"{args.data}: {long} rows longer than --max-length {args.max_length} are left out, {len(kept)} stay")
+    if len({row["label"] for row in kept}) < 2:
+        raise UserError(f"{args.data}: needs correct and incorrect rows, and has {len(kept)} of one kind only")
+    data = {
+        "tokens": tokens,
+        "prompt_length": torch.tensor(prompt_length),
+        "length": torch.tensor([len(ids) for ids in tokens]) - torch.tensor(prompt_length),
+        "reward": torch.tensor([1.0 if row["label"] else -1.0 for row in kept]),
+        "problem_ids": torch.tensor([row["problem_id"] for row in kept]),
+    }
+    ids = data["problem_ids"].unique(return_inverse=True)[1]
+    data["value"], data["mean_reward"] = optimal_value(data["reward"], ids), prompt_mean(data["reward"], ids)
+    return data
+
+
+def other_prompts(data):
+    """For KTO's z0, the row (N,) whose prompt a row's completion is put after: the next one of another problem."""
+    ids = data["problem_ids"].tolist()
+    if len(set(ids)) < 2:
+        raise UserError("kto needs rows of at least two prompts: its z0 puts completions after others' prompts")
+    other = [0] * len(ids)
+    following = next(i for i in range(len(ids)) if ids[i] != ids[-1])
+    for i in reversed(range(len(ids))):
+        following = i + 1 if i + 1 < len(ids) and ids[i + 1] != ids[i] else following
+        other[i] = following
+    return torch.tensor(other)
+
+
+def pack(data, rows, device, prompts=None):
+    """Some rows -> tokens (B, T) padded right, mask (B, T) True on completion tokens; `prompts`: the rows of their prompts."""
+    prompts = rows if prompts is None else prompts
+    sequences, starts = [], []
+    for row, prompt in zip(rows.tolist(), prompts.tolist()):
+        start = data["prompt_length"][prompt].item()
+        completion = data["tokens"][row][data["prompt_length"][row] :]
+        sequences.append(torch.cat([data["tokens"][prompt][:start], completion]))
+        starts.append(start)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
+    tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    positions = torch.arange(tokens.shape[1])
+    mask = (positions >= torch.tensor(starts)[:, None]) & (positions < lengths)
+    return tokens.to(device), mask.to(device)
+
+
+def micro_batches(data, rows, args, paired=False):
+    """This process's share of some rows, in micro-batches of similar lengths; a pair stays together, correct rows first."""
+    units = rows.view(2, -1).T if paired else rows[:, None]  # (units, rows of each)
+    total = data["prompt_length"] + data["length"]
+    units = units[total[units].amax(1).argsort()]
+    return [unit.T.flatten() for unit in units.split(args.micro_batch // units.shape[1])][
+        dist.get_rank() :: dist.get_world_size()
+    ]
+
+
+# --- processes
+
+
+def start_processes():
+    """Join torchrun's processes, or be the only one -> this one's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend = "nccl" if device == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def say(text):
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def summed(values):
+    """A tensor's sum over processes, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def build(args, folder, device):
+    """The checkpoint's GPT, its parameters sharded over the processes, each of which reads its own part."""
+    model = empty_model(gpt_config(read_json(folder / "config.json"), folder / "config.json"))
+    places = find_tensors(folder, model)
+    lower = torch.bfloat16 if args.precision == "bf16" else None
+    # inputs are not cast: the rotary table stays fp32, and the embedding's output has the parameters' type already
+    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.layers:
+        if args.recompute:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    register_fsdp_forward_method(model, "hidden")
+    model.to_empty(device=device)
+    fill(model, places)
+    return model
+
+
+# --- the reference policy
+
+
+class Reference:
+    """The reference policy: every row's logp_sum, its output head, and its hidden states from disk or from a live model."""
+
+    def __init__(self, args, model, data, folder, device):
+        """The model is still the reference policy itself. Raises UserError where the disk is too small."""
+        self.data, self.device, self.live = data, device, None
+        with torch.no_grad():
+            head = head_of(model)
+            head = head.full_tensor() if isinstance(head, DTensor) else head
+            self.head = head.to(torch.bfloat16 if args.precision == "bf16" else torch.float32, copy=True)
+        needs_hidden = methods(args)[0]["lam"] > 0 and args.loss[0] != "sharpened"
+        stored = needs_hidden and args.reference == "cached"
+        if needs_hidden and args.reference == "live":
+            self.live = build(args, folder, device).requires_grad_(False)
+        files = [(path.name, path.stat().st_size, edges(path)) for path in sorted(folder.glob("*.safetensors"))]
+        tokens = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in data["tokens"])).hexdigest()
+        key = digest([str(files), tokens, args.precision, stored, args.loss == ["kto"], dist.get_world_size()])
+        self.cache = args.out / "cache" / f"reference-{key}"
+        began = time.time()
+        if not (self.cache / "sums.safetensors").exists():
+            self.compute(args, model, stored, other_prompts(data) if args.loss == ["kto"] else None)
+            say(f"reference     {time.time() - began:6.1f} s     {self.cache}")
+        else:
+            say(f"reference     cached       {self.cache}")
+        self.seconds = time.time() - began
+        sums = load_file(self.cache / "sums.safetensors")
+        self.logp_sum, self.mismatched_logp_sum = sums["logp_sum"], sums.get("mismatched_logp_sum")
+        self.places = {}
+        for path in sorted(self.cache.glob("hidden-*.safetensors")):
+            file = safe_open(path, "pt")
+            rows = file.get_tensor("rows")
+            ends = data["length"][rows].cumsum(0).tolist()
+            self.places |= {row: (file, begin, end) for row, begin, end in zip(rows.tolist(), [0, *ends], ends)}
+
+    @torch.no_grad()
+    def compute(self, args, model, stored, prompts):
+        """Run every row through the model once; the hidden states go to this process's files, the sums to one of all."""
+        data, size = self.data, self.head.element_size() * self.head.shape[1]
+        free, needed = shutil.disk_usage(args.out).free, data["length"].sum().item() * size * stored
+        if needed > free:
+            raise UserError(
+                f"{args.out}: the reference's hidden states take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            )
+        self.cache.mkdir(parents=True, exist_ok=True)
+        sums, mismatched = torch.zeros(len(data["reward"])), torch.zeros(len(data["reward"]))
+        rank, world = dist.get_rank(), dist.get_world_size()
+        waiting, files = [], 0
+        by_length = (data["prompt_length"] + data["length"]).argsort()
+        batches = by_length.split(args.micro_batch * world)
+        for batch in progress(batches, desc="reference", disable=rank > 0 or None):
+            rows = batch[rank::world] if len(batch) > rank else batch[:1]  # every process takes part in every forward
+            tokens, mask = pack(data, rows, self.device)
+            hidden, targets = completion_hidden(model, tokens, mask)
+            logps, _ = HeadLogps.apply(hidden, self.head, targets, None, None, 0.0)
+            if prompts is not None:
+                moved, moved_mask = pack(data, rows, self.device, prompts[rows])
+                moved_hidden, moved_targets = completion_hidden(model, moved, moved_mask)
+                moved_logps, _ = HeadLogps.apply(moved_hidden, self.head, moved_targets, None, None, 0.0)
+            if len(batch) > rank:
+                sums[rows] = row_sums(logps, mask).cpu()
+                if prompts is not None:
+                    mismatched[rows] = row_sums(moved_logps, moved_mask).cpu()
+                waiting.append((rows, hidden.to(self.head.dtype).cpu()))
+            if stored and (sum(h.numel() for _, h in waiting) * self.head.element_size() > SHARD_BYTES):
+                self.write(waiting, rank, files)
+                waiting, files = [], files + 1
+            elif not stored:
+                waiting = []
+        if waiting:
+            self.write(waiting, rank, files)
+        model.reshard()  # FSDP2 does so in backward only, and the optimizer wants the shards
+        sums, mismatched = summed(sums.to(self.device)).cpu(), summed(mismatched.to(self.device)).cpu()
+        if rank == 0:  # after every process's files, and last: it says that they are whole
+            with replacing(self.cache / "sums.safetensors") as temporary:
+                save_file({"logp_sum": sums, **({} if prompts is None else {"mismatched_logp_sum": mismatched})}, temporary)
+        dist.barrier()
+
+    def write(self, waiting, rank, number):
+        rows, hidden = zip(*waiting)
+        with replacing(self.cache / f"hidden-{rank:03}-{number:05}.safetensors") as temporary:
+            save_file({"rows": torch.cat(rows), "hidden": torch.cat(hidden)}, temporary)
+
+    def hidden(self, rows, tokens, mask):
+        """The reference's hidden states (N, D) of some rows' completions; None where the method needs none."""
+        if self.live is not None:
+            with torch.no_grad():
+                return completion_hidden(self.live, tokens, mask)[0]
+        if not self.places:
+            return None
+        places = [self.places[row] for row in rows.tolist()]
+        return torch.cat([file.get_slice("hidden")[begin:end] for file, begin, end in places]).to(self.device)
+
+
+def edges(path, size=2**20):
+    """A digest of a file's first and last MiB: enough to tell checkpoints apart without reading all of them."""
+    with open(path, "rb") as file:
+        head = file.read(size)
+        file.seek(-min(size, path.stat().st_size), os.SEEK_END)
+        return hashlib.sha256(head + file.read()).hexdigest()
+
+
+# --- training
+
+
+def score(model, data, reference, rows, lam):
+    """logp_sum (B,) of some rows under the present and the future policy."""
+    tokens, mask = pack(data, rows, reference.device)
+    hidden, targets = completion_hidden(model, tokens, mask)
+    ref_hidden = reference.hidden(rows, tokens, mask) if lam else None
+    present, future = HeadLogps.apply(hidden, head_of(model), targets, ref_hidden, reference.head, lam)
+    return row_sums(present, mask), row_sums(future, mask)
+
+
+@torch.no_grad()
+def kto_z0(model, data, reference, batches, prompts):
+    """KTO's z0 over all of a step's rows: the mean log-ratio, at least 0, after prompts of other problems."""
+    total = torch.zeros(2, device=reference.device)
+    for rows in batches:
+        tokens, mask = pack(data, rows, reference.device, prompts[rows])
+        hidden, targets = completion_hidden(model, tokens, mask)
+        present, _ = HeadLogps.apply(hidden, head_of(model), targets, None, None, 0.0)
+        logratio = row_sums(present, mask) - reference.mismatched_logp_sum[rows].to(reference.device)
+        total += torch.stack([logratio.sum(), torch.tensor(float(len(rows)), device=reference.device)])
+    total = summed(total)
+    return (total[0] / total[1]).clamp(min=0)
+
+
+def training_step(model, optimizer, data, reference, rows, settings, args, prompts):
+    """One optimizer step on some rows -> sums for the log (9,), the same in every process."""
+    batches, sums = micro_batches(data, rows, args, settings["loss"] in PAIRED), torch.zeros(9, device=reference.device)
+    z0 = kto_z0(model, data, reference, batches, prompts) if settings["loss"] == "kto" else None
+    optimizer.zero_grad()
+    for some in batches:
+        batch = {name: data[name][some].to(reference.device) for name in ("reward", "length", "value", "mean_reward")}
+        logp_sum, future_logp_sum = score(model, data, reference, some, settings["lam"])
+        batch |= {"logp_sum": logp_sum, "logratio": logp_sum - reference.logp_sum[some].to(reference.device), "z0": z0}
+        loss, coefficient = objective(batch, future_logp_sum, settings)
+        (loss / len(batches)).backward()  # FSDP2 takes the mean over processes
+        length, wrong, weight = batch["length"], batch["reward"] < 0, coefficient * batch["length"]
+        below = [(wrong & ((value.detach() / length).exp() < 0.2)).sum() for value in (logp_sum, future_logp_sum)]
+        share = loss.detach() / len(batches) / dist.get_world_size()
+        sums += torch.stack(
+            [share, weight[~wrong].sum(), (~wrong).sum(), weight[wrong].sum(), wrong.sum(), *below, length.sum(), share * 0]
+        )
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    sums = summed(sums)
+    sums[8] = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+    return sums.double().cpu()
+
+
+@torch.no_grad()
+def monitor(model, data, reference, rows, args, lam):
+    """The toy's log-ratio and probability columns: means over the monitored correct and incorrect rows."""
+    sums = torch.zeros(2, 4, device=reference.device)
+    for some in micro_batches(data, rows, args):
+        logp_sum, future_logp_sum = score(model, data, reference, some, lam)
+        length, reward = (data[name][some].to(reference.device) for name in ("length", "reward"))
+        ratio = logp_sum - reference.logp_sum[some].to(reference.device)
+        values = torch.stack([ratio, (logp_sum / length).exp(), (future_logp_sum / length).exp(), torch.ones_like(ratio)])
+        sums += torch.stack([values[:, reward > 0].sum(1), values[:, reward < 0].sum(1)])
+    model.reshard()
+    means = (summed(sums)[:, :3] / sums[:, 3:]).tolist()
+    groups = zip(("correct", "incorrect"), means)
+    return {f"{name}_{group}": value for group, row in groups for name, value in zip(("logratio", "pi", "pihat"), row)}
+
+
+def settings_of(args, method, data, folder):
+    """The run's config.json but for what is measured, with what results.py reads."""
+    problems = len(data["problem_ids"].unique())
+    settings = {"format": FORMAT, "init": args.init, "data": args.data.name, "prompts": problems}
+    settings |= {"rows": len(data["reward"]), "rollouts": round(len(data["reward"]) / problems)}
+    names = ("steps", "batch_size", "eval_every", "lr", "warmup", "max_length", "precision", "seed")
+    return settings | {name: getattr(args, name) for name in names} | method
+
+
+def resume(model, optimizer, folder):
+    """Load the checkpoint of an interrupted run, if there is one -> its state, or that of a run's beginning."""
+    state = {"step": 0, "seconds": 0.0, "trained": 0, "below": [0, 0]}
+    if not (folder / "checkpoint" / "state.json").exists():
+        return state
+    state = read_json(folder / "checkpoint" / "state.json")
+    for parameter in model.parameters():
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device), **zeros}
+    dcp.load(tensors_of(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder / "checkpoint")))
+    say(f"resuming      {folder} from step {state['step']}")
+    return state
+
+
+def tensors_of(model, optimizer):
+    """Weights and AdamW's moments, by name."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        moments = {key: optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
+        tensors |= {f"{key}.{name}": value for key, value in {"weight": parameter.detach(), **moments}.items()}
+    return tensors
+
+
+def save_checkpoint(model, optimizer, folder, state):
+    """Replace the checkpoint by that of this step; the old one stays until the new one is whole."""
+    new, old = folder / "checkpoint.part", folder / "checkpoint"
+    if dist.get_rank() == 0:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    dist.barrier()
+    dcp.save(tensors_of(model, optimizer), storage_writer=dcp.HuggingFaceStorageWriter(str(new), save_distributed=True))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_json(new / "state.json", state)
+        shutil.rmtree(old, ignore_errors=True)
+        new.rename(old)
+
+
+def train(args, device):
+    folder = fetch(args.init)
+    tokenizer = ChatTokenizer(folder)
+    data = read_data(args, tokenizer)
+    (method,) = methods(args)
+    settings = settings_of(args, method, data, folder)
+    reward, ids = data["reward"], data["problem_ids"]
+    if method["loss"] in PAIRED:
+        order = pair_order(reward, ids, args.steps, args.batch_size, args.seed)
+    else:
+        order = batch_order(reward, args.steps, args.batch_size, args.seed)
+    prompts = other_prompts(data) if method["loss"] == "kto" else None
+    per_process = args.micro_batch * dist.get_world_size()
+    monitored = batch_order(reward, 1, 2 * max(MONITORED, per_process // 2), args.seed)[0]
+    monitored = monitored[: len(monitored) // per_process * per_process]
+    words = [Path(args.init).name, method["loss"], *([f"lam{method['lam']:g}"] * (method["lam"] > 0))]
+    run_folder = args.out / "-".join([*words, f"steps{args.steps}", f"lr{args.lr:g}", f"seed{args.seed}", digest(settings)])
+    run_folder.mkdir(parents=True, exist_ok=True)
+    if (run_folder / "model" / "config.json").exists():
+        say(f"already finished: {run_folder}")
+        return
+
+    model = build(args, folder, device)
+    reference = Reference(args, model, data, folder, device)
+    optimizer = adamw(model, args.lr)
+    state = resume(model, optimizer, run_folder)
+    say(f"training      {run_folder}")
+    log_path, first = run_folder / "log.csv", dist.get_rank() == 0
+    if first:
+        measured = {
+            "sampling_seconds": None,
+            "reference_seconds": reference.seconds,
+            "share_correct": (reward > 0).float().mean().item(),
+        }
+        environment = {"device": device, "processes": dist.get_world_size(), "torch": torch.__version__}
+        write_json(run_folder / "config.json", {**settings, "measured": measured, "environment": environment})
+        kept = []
+        if state["step"]:
+            with open(log_path) as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
+        with open(log_path, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+
+    interval, began, resumed = [], time.time(), state["step"]
+    bar = progress(total=args.steps, initial=resumed, desc=run_folder.name, disable=not first or None)
+    for step in range(resumed, args.steps + 1):
+        if step % args.eval_every == 0 or step == args.steps:
+            if step > resumed or step == 0:
+                log_row(args, model, data, reference, monitored, method["lam"], state, interval, step, log_path)
+            interval = []
+        if step > resumed and (step % args.save_every == 0 or step == args.steps):
+            save_checkpoint(model, optimizer, run_folder, {**state, "step": step})
+        if step == args.steps:
+            break
+        began = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warmup_cosine(step, args.warmup, args.steps)
+        sums = training_step(model, optimizer, data, reference, order[step], settings, args, prompts)
+        if not sums[[0, 8]].isfinite().all():
+            raise NonFiniteError(
+                f"step {step + 1}: loss {sums[0]:g}, gradient norm {sums[8]:g}; problem ids of its batch: "
+                f"{ids[order[step]].unique().tolist()}; the last checkpoint is kept in {run_folder}"
+            )
+        interval.append(sums)
+        state["below"] = [int(before + now) for before, now in zip(state["below"], sums[5:7])]
+        state["trained"] += int(sums[7])
+        state["seconds"] += time.time() - began
+        bar.update()
+    bar.close()
+    save_pretrained(model, run_folder / "model", folder, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    say(f"checkpoint    {run_folder / 'model'}")
+
+
+def log_row(args, model, data, reference, monitored, lam, state, interval, step, path):
+    """Append a row to log.csv, and print a line."""
+    row = {name: math.nan for name in COLUMNS} | {"step": step} | monitor(model, data, reference, monitored, args, lam)
+    if interval:
+        sums = torch.stack(interval).sum(0)
+        row |= {"loss": sums[0].item() / len(interval), "grad_norm": sums[8].item() / len(interval)}
+        row |= {"coefficient_correct": (sums[1] / sums[2]).item(), "coefficient_incorrect": (sums[3] / sums[4]).item()}
+    row |= dict(zip(("below_0.2_pi", "below_0.2_pihat"), state["below"]))
+    row |= {"seconds": state["seconds"], "tokens_trained": state["trained"], "tokens_sampled": int(data["length"].sum())}
+    if dist.get_rank() == 0:
+        with open(path, "a", newline="") as file:
+            log = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            log.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    rate = state["trained"] / max(state["seconds"], 1e-9)
+    memory = f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+    say(
+        f"step {step:5d}/{args.steps}  loss {row['loss']:+.4f}  log-ratio correct {row['logratio_correct']:+8.2f} "
+        f"incorrect {row['logratio_incorrect']:+8.2f}  {rate:,.0f} completion tokens/s{memory}"
+    )
+
+
+# --- the command
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m full_scale.train", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Offline RL of a published checkpoint on rollouts; behind torchrun, on several GPUs.",
+    )  # fmt: skip
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    add_method_flags(parser)
+    parser.set_defaults(loss=["fpa"])
+    add = parser.add_argument_group("checkpoint and data").add_argument
+    add("--init", required=True, metavar="NAME", help="hub name or folder of the checkpoint, which is the reference policy too")
+    add("--data", required=True, type=Path, metavar="FILE", help="rollouts of it, JSON lines: prompt, completion, label, or "
+        "prompt, chosen, rejected")  # fmt: skip
+    add("--max-length", default=4096, type=count, metavar="N", help="tokens; longer rows are left out")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", default=500, type=count, metavar="N", help="optimizer steps")
+    add("--lr", default=1e-6, type=positive, metavar="X", help="AdamW's highest learning rate")
+    add("--warmup", default=10, type=natural, metavar="N", help="steps of linear warm-up, before a cosine to 0")
+    add("--batch-size", default=64, type=count, metavar="N", help="rows a step over all GPUs, half of them correct")
+    add("--micro-batch", default=4, type=count, metavar="N", help="rows that a GPU takes at once; gradients accumulate")
+    add("--seed", default=0, type=natural, metavar="N", help="of the order of the rows")
+    add = parser.add_argument_group("machine").add_argument
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the products; weights, gradients and moments "
+        "are fp32. auto: bf16 on GPUs")  # fmt: skip
+    add("--reference", default="cached", choices=["cached", "live"], help="its hidden states, from disk or from a second model")
+    add("--recompute", default=True, action=argparse.BooleanOptionalAction, help="activations in backward: less memory")
+    add("--eval-every", default=10, type=count, metavar="N", help="steps between rows of log.csv")
+    add(
+        "--save-every",
+        default=100,
+        type=count,
+        metavar="N",
+        help="steps between checkpoints, from which the same command resumes",
+    )
+    add("--out", default="runs", type=Path, metavar="FOLDER", help="folder of the runs and of the reference's cache")
+    args = parser.parse_args(argv)
+    check_method_flags(parser, args)
+    if len(methods(args)) > 1:
+        parser.error("one method a run: one value for each of its flags")
+    if args.loss == ["grpo"]:
+        parser.error("argument --loss: grpo samples at every step, which only the toy does")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.micro_batch % 2 or args.batch_size % (args.micro_batch * processes):
+        parser.error(f"argument --micro-batch: must be even, and {processes} times it divide --batch-size {args.batch_size}")
+    if args.precision == "auto":
+        args.precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return args
+
+
+def run(argv=None):
+    args, code = parse_args(argv), 0
+    device = start_processes()
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        train(args, device)
+    except (UserError, NonFiniteError, OSError) as error:
+        print(f"python -m full_scale.train: error: {error}", file=sys.stderr)
+        code = 3 if isinstance(error, NonFiniteError) else 2
+    except KeyboardInterrupt:
+        print(f"interrupted: the last checkpoint is kept in {args.out}; the same command goes on from it", file=sys.stderr)
+        code = 130
+    dist.destroy_process_group()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()
