@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import datetime
 import functools
+import itertools
 import os
 import platform
 import random
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +32,7 @@ from tqdm import tqdm
 import jobs
 import model as model_py
 import results
-from losses import token_logps
+from losses import future_logits, token_logps
 from model import GPT, GPTConfig
 from stages import CONFIG, EVAL_PROBLEMS, adamw, progress
 from toy_math import rollouts
@@ -175,6 +177,11 @@ def peak_memory(loss_name, config):
         del data["ref_logits"]
     for first in range(3):
         training_step(model, optimizer, data, torch.arange(first, 8192, 8192 // 2 // PAIRS), SETTINGS[loss_name])
+    return peak_resident()
+
+
+def peak_resident():
+    """This process's peak resident memory so far, in MiB."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
@@ -517,6 +524,58 @@ def sweep(out):
     ]
 
 
+# --- full scale
+
+
+def loss_memory(chunked, positions, vocab=151_936, width=64):
+    """Peak MiB of FPA's log-probabilities and gradient beyond hidden states, heads and gradients. For a process of its own.
+
+    The width plays no part in it, and is small to save time.
+    """
+    hidden, ref_hidden = torch.randn(2, positions, width).unbind()
+    head, ref_head = torch.randn(2, vocab, width).unbind()
+    targets = torch.randint(vocab, (positions,))
+    hidden.requires_grad_()
+    head.requires_grad_()
+    before = peak_resident()
+    if chunked:
+        from full_scale.train import HeadLogps
+
+        before = peak_resident()
+        present, future = HeadLogps.apply(hidden, head, targets, ref_hidden, ref_head, 2.0)
+    else:
+        logits = hidden @ head.T
+        present = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        future = future_logits(logits, ref_hidden @ ref_head.T, 2.0).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    (-future.exp() * present).sum().backward()
+    return peak_resident() - before - (hidden.grad.nbytes + head.grad.nbytes) / 2**20
+
+
+def full_scale(quick):
+    """Rows: memory of the loss at Qwen2.5's vocabulary, plain and in chunks, over positions, and what needs a GPU."""
+    rows = []
+    if find_spec("tokenizers") is None or not Path("/proc/self/status").exists():
+        return [("memory of the loss", "needs /proc, and pip install -r full_scale/requirements.txt", *NO_GOAL)]
+    counts, memory = (256, 512) if quick else (1024, 4096, 16_384), {}
+    for chunked, count in itertools.product((True, False), counts):
+        if chunked or count <= 4096:
+            with jobs.workers(1) as pool:
+                memory[chunked, count] = pool.submit(loss_memory, chunked, count).result()
+    for count in counts:
+        words = f"{memory[True, count]:,.0f} MiB"
+        if (False, count) in memory:
+            value = round(memory[True, count] / memory[False, count], 2)
+            words = f"{value:.2f}: {words} / {memory[False, count]:,.0f} MiB"
+            bound = goal(value, "≤", 0.1) if count == 4096 else NO_GOAL
+            rows.append((f"memory of the loss, {count:,} positions, chunked / plain", words, *bound))
+        else:
+            rows.append((f"memory of the loss, {count:,} positions, chunked", words, *NO_GOAL))
+    value = round(memory[True, counts[-1]] / memory[True, counts[0]], 2)
+    rows.append((f"chunked, {counts[-1]:,} / {counts[0]:,} positions", f"{value:.2f}", *goal(value, "≤", 1.1)))
+    rows.append(("0.5 B and 1.5 B: a step against TRL's DPO on a GPU", "not measured", *NO_GOAL))
+    return rows
+
+
 # --- the page
 
 
@@ -554,6 +613,9 @@ an evaluation's.""",
     "Time to result": """`python train.py --loss fpa`, then `--loss off_rl` with what the first has cached; once each.""",
     "Sweeps": """One λ a run, 300 steps, caches in place, start-up and figures included; once each. Several runs go side by
 side in processes of one thread; one run, and runs one by one, have all threads.""",
+    "Full scale": """Log-probabilities under the present and the future policy, forward and backward, at a vocabulary of
+151,936 in float32: the peak of a process beyond hidden states, heads and their gradients. Plain holds all positions' logits,
+`full_scale/train.py` those of 256.""",
 }
 
 
@@ -563,24 +625,30 @@ def main(args):
     goals, growths = ["", "measured", "goal", "met"], ["", "time", "exponent"]
     command = f"`python bench.py{' --quick' * args.quick}`"
     rule = "a ratio with brackets is the median over rounds taken in turn, and the middle half of them."
-    parts = [f"# Measured against the limit and against peers\n\n{machine()}\n\n{command}; {rule}\n"]
-    print(parts[0])
+    head = f"# Measured against the limit and against peers\n\n{machine()}\n\n{command}; {rule}\n"
+    print(head)
+    texts = {}
+    if args.only and args.to and args.to.exists():
+        texts = {part.split("\n")[0]: f"## {part.strip()}\n" for part in args.to.read_text().split("\n## ")[1:]}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        sections = [
-            ("Roofline", goals, lambda: roofline(rounds, args.quick)),
-            ("Overhead of FPA", goals, lambda: overhead(rounds, args.quick)),
-            ("Peers", goals, lambda: peers(rounds, args.quick)),
-            ("Ideas", ["", f"{torch.get_num_threads()} threads", "1 thread", ""], lambda: ideas(rounds, args.quick)),
-            ("Growth", growths, lambda: growth(rounds, args.quick)),
-            ("Time to result", goals, lambda: time_to_result(out, args.quick)),
-            ("Sweeps", growths, lambda: sweep(out)),
-        ]
-        for title, header, measure in progress(sections[: -1 if args.quick else None], desc="bench"):
-            parts.append(table(title, NOTES[title], header, measure()))
-            tqdm.write(parts[-1])
-            if args.to:
-                args.to.write_text("\n".join(parts))  # after each section, so that Ctrl-C loses one at most
+        sections = {
+            "Roofline": (goals, lambda: roofline(rounds, args.quick)),
+            "Overhead of FPA": (goals, lambda: overhead(rounds, args.quick)),
+            "Peers": (goals, lambda: peers(rounds, args.quick)),
+            "Ideas": (["", f"{torch.get_num_threads()} threads", "1 thread", ""], lambda: ideas(rounds, args.quick)),
+            "Growth": (growths, lambda: growth(rounds, args.quick)),
+            "Time to result": (goals, lambda: time_to_result(out, args.quick)),
+            "Sweeps": (growths, lambda: sweep(out)),
+            "Full scale": (goals, lambda: full_scale(args.quick)),
+        }
+        chosen = args.only or [title for title in sections if not (args.quick and title == "Sweeps")]
+        for title in progress(chosen, desc="bench"):
+            header, measure = sections[title]
+            texts[title] = table(title, NOTES[title], header, measure())
+            tqdm.write(texts[title])
+            if args.to:  # after each section, so that Ctrl-C loses one at most
+                args.to.write_text("\n".join([head, *(texts[title] for title in sections if title in texts)]))
     if args.to:
         print(f"written to {args.to}")
 
@@ -590,6 +658,7 @@ def run(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     parser.add_argument("--quick", action="store_true", help="within a minute: the toy's size only, few rounds, no sweeps")
+    parser.add_argument("--only", nargs="+", choices=NOTES, metavar="SECTION", help="measure these; the page keeps the others")
     parser.add_argument("--to", type=Path, metavar="FILE", help="where the tables go (default: bench.md, with --quick nowhere)")
     args = parser.parse_args(argv)
     if not (args.quick or args.to):

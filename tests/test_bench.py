@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import jobs
 from toy_math.problems import Problem, verify
 
 
@@ -68,6 +69,29 @@ def test_peak_memory_holds_the_reference_of_fpa_only():
     assert 20 < int(re.search(r"(-?\d+) MiB more", memory[1])[1]) < 100  # 34 MB of reference logits
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_of_the_loss_at_full_scale():
+    plain, chunked = (bench_in_a_process(chunked) for chunked in (False, True))
+    logits = 512 * 151_936 * 4 / 2**20  # MiB
+    assert 2 * logits < plain < 8 * logits
+    assert chunked < 4 * logits  # those of 256 positions, four at once, and a little
+
+
+def bench_in_a_process(chunked):
+    with jobs.workers(1) as pool:
+        return pool.submit(bench.loss_memory, chunked, 512, width=8).result()
+
+
+def test_one_section_is_measured_anew_and_the_others_stay(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(Path("bench.md").read_text())
+    monkeypatch.setattr(bench, "growth", lambda rounds, quick: [("x", "new", "1.00")])
+    bench.run(["--only", "Growth", "--to", str(page)])
+    old, new = (text.split("\n## ")[1:] for text in (Path("bench.md").read_text(), page.read_text()))
+    changed = [one.split("\n")[0] for one, other in zip(old, new, strict=True) if one.strip() != other.strip()]
+    assert changed == ["Growth"] and "| x | new | 1.00 |" in page.read_text()
+
+
 def test_the_main_job_is_timed_by_stage(tmp_path):
     whole, cached = bench.time_to_result(tmp_path, quick=True)
     assert re.search(r"base model \d.*rollouts \d.*reference \d.*training steps", whole[1])
@@ -94,7 +118,7 @@ def test_the_committed_page_is_whole():
     assert "not installed" not in page and re.search(r"torch \d.*transformers \d.*trl \d.*; \d{4}-\d\d-\d\d", page)
 
 
-@pytest.mark.parametrize("words", [["--quik"], ["--to", "no/such/folder/bench.md"], ["--to", "tests"]])
+@pytest.mark.parametrize("words", [["--quik"], ["--only", "Speed"], ["--to", "no/such/folder/bench.md"], ["--to", "tests"]])
 def test_bad_flags_are_one_line(words, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.run(words)
