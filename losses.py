@@ -192,7 +192,7 @@ def grpo(logps, old_logps, advantage, mask, clip=0.2, token_level=False):
     advantage = advantage[:, None]
     objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)  # (B, T-1)
     length = mask[:, 1:].sum(-1)
-    tokens = length.float().mean() if token_level else length
+    tokens = length.float().mean() if token_level else length.clamp(min=1)  # a collapsed policy may sample PAD at once
     return -objective.masked_fill(~mask[:, 1:], 0.0).sum(-1) / tokens
 
 

@@ -448,6 +448,7 @@ def test_grpo_by_hand():
     assert small.tolist() == pytest.approx([-2 * 0.5, 0.8])  # 0.5 is clipped to 0.8 where A < 0 only
     per_token = losses.grpo(leaf, old, torch.tensor([2.0, -1.0]), mask, token_level=True).mean()
     assert per_token.item() == pytest.approx(-(2 * 1.2 + 2 * 0.5 - 1.5) / 3)  # three tokens in the batch
+    assert losses.grpo(leaf, old, torch.tensor([2.0, -1.0]), torch.zeros_like(mask)).tolist() == [0, 0]
 
 
 def test_grpo_on_its_own_samples_is_reinforce_with_the_advantage():
