@@ -23,6 +23,7 @@ USERS = {  # of the flags that not every loss has
     "shift": ("pessimistic",),
     "dapo": ("grpo",),
 }
+NO_DEFAULT = "%(default).0s"  # keeps argparse from adding one to a flag's help
 EVAL_SAMPLES = 8
 MONITORED = 128  # correct, and as many incorrect, training rollouts whose log-probabilities are logged
 
@@ -55,17 +56,16 @@ share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 def add_method_flags(parser):
     """The flags that choose the method; `methods` reads them."""
-    own = "%(default).0s"  # keeps argparse from adding a default where every loss has its own
     add = parser.add_argument_group("method").add_argument
     add("--loss", nargs="+", default=["off_rl", "fpa"], choices=NAMES, metavar="NAME", help=f"{', '.join(NAMES)}; "
         "fpa is off_rl with --lam 2, grpo is online, and constant and sharpened are controls")  # fmt: skip
     add("--lam", nargs="+", type=not_negative, metavar="X", help="how far to extrapolate to the future policy: above 0 turns "
         f"{', '.join(WITH_FPA_FORM)} into their FPA form (off_rl not beside fpa); the power of sharpened is 1 + X "
-        f"(default: 2 for fpa and sharpened, else 0){own}")  # fmt: skip
+        f"(default: 2 for fpa and sharpened, else 0){NO_DEFAULT}")  # fmt: skip
     add("--target", nargs="+", default=["both"], choices=TARGETS, metavar="ROWS",
         help="rows whose coefficient is the future policy's: both, correct or incorrect")  # fmt: skip
     add("--beta", nargs="+", type=positive, metavar="X", help="weight of the log-ratio "
-        f"(default: {', '.join(f'{loss} {beta:g}' for loss, beta in BETA.items())}){own}")  # fmt: skip
+        f"(default: {', '.join(f'{loss} {beta:g}' for loss, beta in BETA.items())}){NO_DEFAULT}")  # fmt: skip
     add("--alpha", nargs="+", default=[1.0], type=not_negative, metavar="X", help="weight of rpo's log-likelihood term")
     add("--weight", nargs="+", default=[0.25], type=not_negative, metavar="X", help="coefficient of constant on incorrect rows")
     add(
@@ -167,6 +167,13 @@ def methods(args):
     return [method_settings(args, *values) for values in itertools.product(*flags)]
 
 
+def method_words(method):
+    """The words of a run's name that say its method."""
+    words = [method["loss"], *([f"lam{method['lam']:g}"] * (method["lam"] > 0)), *([method["target"]] * bool(method["target"]))]
+    words += [f"{key}{method[key]:g}" for key in ("beta", "alpha", "weight", "shift") if method[key] is not None]
+    return words + ["dapo"] * bool(method["dapo"])
+
+
 def run_settings(args):
     """Settings of every run that the flags ask for, by folder name; a run's name is built from the values that it uses."""
     runs = {}
@@ -174,13 +181,7 @@ def run_settings(args):
         _, settings = stage_settings(args, seed, prompts)
         settings |= {"lr": lr, **{key: getattr(args, key) for key in ("steps", "batch_size", "eval_every", "eval_temperature")}}
         settings |= {"eval_problems": EVAL_PROBLEMS, "eval_samples": EVAL_SAMPLES, "monitored": MONITORED, **method}
-        words = [
-            method["loss"],
-            *([f"lam{method['lam']:g}"] * (method["lam"] > 0)),
-            *([method["target"]] * bool(method["target"])),
-        ]
-        words += [f"{key}{method[key]:g}" for key in ("beta", "alpha", "weight", "shift") if method[key] is not None]
-        words += ["dapo"] * bool(method["dapo"])
+        words = method_words(method)
         words += [f"prompts{prompts}", f"steps{args.steps}", f"lr{lr:g}", f"seed{seed}", digest(settings)]
         runs["-".join(words)] = settings
     return runs

@@ -143,7 +143,7 @@ def varying(runs, *names):
     """The reported runs that share all of the main runs' setting but the values of these names."""
     main = main_runs(runs)[0].config
     same = [key for key in main if key not in (*NOT_A_SETTING, *names)]
-    return [run for run in reported(runs) if all(run.config[key] == main[key] for key in same)]
+    return [run for run in reported(runs) if all(run.config.get(key) == main[key] for key in same)]
 
 
 def with_file(runs, name):

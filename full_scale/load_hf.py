@@ -8,7 +8,9 @@ run any code. Left out: quantised checkpoints, sliding windows, other rotary sca
 
 import argparse
 import datetime
+import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -29,12 +31,12 @@ ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PUBLISHED = ("*.json", "*.safetensors", "*.jinja")  # what is downloaded
 # Beside config.json and the weights; copied as they are.
 COMPANIONS = (
     "tokenizer.json tokenizer_config.json chat_template.jinja generation_config.json special_tokens_map.json vocab.json "
     "merges.txt added_tokens.json"
 ).split()
+PUBLISHED = ("*.safetensors", "config.json", INDEX, *COMPANIONS)  # what is downloaded
 PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -54,10 +56,14 @@ def read_json(path):
 
 def gpt_config(raw, path):
     """GPTConfig of a published config.json's object. Raises UserError on what model.py does not compute."""
-    architecture = (raw.get("architectures") or ["none"])[0]
+    architecture = raw.get("architectures") or ["none"]
+    architecture = architecture[0] if isinstance(architecture, list) else architecture
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path}: architecture {architecture} is not supported, only {', '.join(ARCHITECTURES)}")
     rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters is {json.dumps(rope)}, not an object")
+    rope = {"rope_theta": 10_000.0, **{name: value for name, value in rope.items() if value is not None}}
     kind = rope.get("rope_type", rope.get("type", "default"))
     refused = {
         f"rotary scaling {kind!r}": kind not in ("default", "llama3"),
@@ -70,28 +76,36 @@ def gpt_config(raw, path):
     for what, found in refused.items():
         if found:
             raise UserError(f"{path}: {what} is not supported")
+    sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    optional = ["num_key_value_heads", "head_dim"]
+    scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"] * (kind == "llama3")
+    values = {name: raw.get(name) for name in sizes} | {name: raw[name] for name in optional if raw.get(name) is not None}
+    for name, value in values.items():
+        if type(value) is not int or not 0 < value < 2**31:
+            raise UserError(f"{path}: {name} is {json.dumps(value)}, not a whole number of at least 1")
+    numbers = {"rms_norm_eps": raw.get("rms_norm_eps"), **{name: rope.get(name) for name in ["rope_theta", *scaling]}}
+    for name, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {name} is {json.dumps(value)}, not a number above 0")
+    heads, width = values["num_attention_heads"], values["hidden_size"]
+    own_head_dim = values.get("head_dim", width / heads) != width / heads
     try:
-        heads = raw["num_attention_heads"]
-        head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-        scaling = [rope[f"{name}factor"] for name in ("", "low_freq_", "high_freq_")] if kind == "llama3" else None
         return GPTConfig(
-            vocab_size=raw["vocab_size"],
-            d_model=raw["hidden_size"],
-            n_layers=raw["num_hidden_layers"],
+            vocab_size=values["vocab_size"],
+            d_model=width,
+            n_layers=values["num_hidden_layers"],
             n_heads=heads,
-            n_kv_heads=raw.get("num_key_value_heads") or heads,
-            d_ff=raw["intermediate_size"],
-            rope_theta=float(rope.get("rope_theta") or 10_000.0),
-            norm_eps=raw["rms_norm_eps"],
+            n_kv_heads=values.get("num_key_value_heads", heads),
+            d_ff=values["intermediate_size"],
+            rope_theta=float(numbers["rope_theta"]),
+            norm_eps=numbers["rms_norm_eps"],
             qkv_bias=architecture == "Qwen2ForCausalLM",
             tied_head=bool(raw.get("tie_word_embeddings", False)),
-            own_head_dim=None if head_dim * heads == raw["hidden_size"] else head_dim,
+            own_head_dim=values["head_dim"] if own_head_dim else None,
             qk_norm=architecture == "Qwen3ForCausalLM" or None,
-            rope_scaling=(*scaling, rope["original_max_position_embeddings"]) if scaling else None,
+            rope_scaling=tuple(numbers[name] for name in scaling) or None,
         )
-    except KeyError as error:
-        raise UserError(f"{path}: no {error.args[0]}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -198,16 +212,26 @@ def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu"):
     places, tokenizer = find_tensors(folder, model), ChatTokenizer(folder)
     model = model.to(dtype).to_empty(device=device)
     fill(model, places)
+    model.folder = folder
     return model, tokenizer
 
 
-def save_pretrained(model, folder, source, dtype=None):
-    """Write a checkpoint that transformers and vLLM load: weights with their published names, and the rest from `source`.
+def checkpoint_key(folder):
+    """A digest of a checkpoint's config.json and weights, all of them: a few seconds a GB at worst."""
+    paths, digests = [folder / "config.json", *weight_files(folder)], []
+    for path in paths:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
-    source: the folder that the model was loaded from, whose config.json and tokenizer are copied. dtype: the weights' own
-    where None. Of a model sharded over processes each must call this; the first one writes, a tensor at a time.
+
+def save_pretrained(model, folder, dtype=None):
+    """Write a checkpoint that transformers and vLLM load: weights with their published names, the rest as it was loaded.
+
+    model.folder is where it was loaded from, whose config.json and tokenizer are copied. dtype: the weights' own where None.
+    Of a model sharded over processes each must call this; the first one writes, a tensor at a time.
     """
-    folder, source = Path(folder), Path(source)
+    folder, source = Path(folder), model.folder
     tensors = dict(model.named_parameters())
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     dtype = dtype or next(iter(tensors.values())).dtype
@@ -232,6 +256,9 @@ def save_pretrained(model, folder, source, dtype=None):
             with replacing(folder / file) as temporary:
                 save_file(whole, temporary, metadata={"format": "pt"})
     if first:
+        for path in (folder / INDEX, *folder.glob("model*.safetensors")):  # of another checkpoint here before
+            if path.name not in weight_map.values():
+                path.unlink(missing_ok=True)
         if len(shards) > 1:
             size = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
             write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
@@ -259,13 +286,20 @@ class ChatTokenizer:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{path}: {error}") from None
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
         names = ("tokenizer_config.json", "generation_config.json")
         config, generation = (read_json(folder / name) if (folder / name).exists() else {} for name in names)
         texts = {key: config.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         self.texts = {key: text.get("content") if isinstance(text, dict) else text for key, text in texts.items() if text}
+        for key, text in self.texts.items():
+            if not isinstance(text, str):
+                raise UserError(f"{folder / 'tokenizer_config.json'}: {key} is {json.dumps(text)}, not a text")
         ids = generation.get("eos_token_id", read_json(folder / "config.json").get("eos_token_id"))
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         own = self.tokenizer.token_to_id(self.texts.get("eos_token", ""))
+        if not all(type(token) is int for token in ids):
+            raise UserError(f"{folder}: eos_token_id is {json.dumps(ids)}, not one or several token ids")
         self.stops = {*ids, *([] if own is None else [own])}
         if not self.stops:
             raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json, no eos_token")
@@ -325,11 +359,11 @@ def parameter_count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def training_gib(config, parameters, gpus, precision, tokens=4096, chunk=256):
+def training_gib(config, parameters, gpus, precision, tokens=5120, chunk=256):
     """An estimate of a GPU's peak memory in full_scale/train.py, in GiB: what its tensors add up to, without fragmentation.
 
     precision "fp32" or "bf16", whose weights, gradients and AdamW moments are fp32 all the same, 16 bytes a parameter over
-    all GPUs. With a cached reference, activation checkpointing, and `tokens` tokens at once.
+    all GPUs. With a cached reference, activation checkpointing, and `tokens` tokens at once: the flags' defaults.
     """
     size = {"fp32": 4, "bf16": 2}[precision]
     head = config.vocab_size * config.d_model
@@ -349,7 +383,7 @@ def describe(name, folder, raw, model):
         f"  shape        {c.n_layers} layers, width {c.d_model}, {c.n_heads} heads of {c.head_dim}, {c.n_kv_heads} key/value "
         f"heads, feed-forward {c.d_ff}, vocabulary {c.vocab_size}",
         "",
-        "training memory of each GPU, estimated, GiB (16 bytes a parameter over all GPUs, and 4,096 tokens at once)",
+        "training memory of each GPU, estimated, GiB (16 bytes a parameter over all GPUs, and 5,120 tokens at once)",
         "  GPUs " + "".join(f"{gpus:>8}" for gpus in (1, 2, 4, 8)),
     ]
     for precision in ("fp32", "bf16"):

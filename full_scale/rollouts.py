@@ -17,6 +17,7 @@ A problems file has a JSON object a line. Fields by data set, as their dumps car
 import argparse
 import collections
 import json
+import os
 import random
 import sys
 from importlib.util import find_spec
@@ -25,10 +26,10 @@ from pathlib import Path
 import torch
 from math_verify import parse, verify
 
-from options import count, natural, not_negative
-from stages import UserError, progress, write_json
+from options import NO_DEFAULT, count, natural, not_negative
+from stages import UserError, digest, progress, write_json
 
-from .load_hf import fetch, load_pretrained
+from .load_hf import ChatTokenizer, checkpoint_key, fetch, load_pretrained, read_json
 
 AT_ONCE = 64  # sequences that model.py samples together
 
@@ -60,14 +61,15 @@ def message_text(value, tokenizer, role):
     """A prompt or completion as text: as it is, or, of a list of messages, by the chat template or the answer's content."""
     if isinstance(value, str):
         return value
-    texts = isinstance(value, list) and [m.get("content") for m in value if isinstance(m, dict)]
-    if not texts or texts.count(None) or len(texts) < len(value) or (role == "assistant" and len(value) > 1):
+    messages = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
+    texts = messages and all(isinstance(message.get(key), str) for message in value for key in ("role", "content"))
+    if not texts or (role == "assistant" and len(value) > 1):
         raise ValueError("neither a text nor a list of messages" if role == "user" else "neither a text nor one message")
     return tokenizer.render(value) if role == "user" else value[0]["content"]
 
 
 def read_rollouts(path, tokenizer):
-    """A file of rollouts -> [{"prompt", "completion", "label", "finished", "problem_id"}], texts rendered.
+    """A file of rollouts -> [{"line", "prompt", "completion", "label", "finished", "problem_id"}], texts rendered.
 
     TRL's unpaired lines (prompt, completion, label) or its paired ones (prompt, chosen, rejected), which become two rows.
     Rows of the same prompt are of the same problem. Raises UserError that names the file and the line.
@@ -82,9 +84,12 @@ def read_rollouts(path, tokenizer):
                 if not isinstance(label, bool):
                     raise ValueError(f"label is {json.dumps(label)}, neither true nor false")
                 completion = message_text(line[name], tokenizer, "assistant")
-                if not completion:
+                finished = line.get("finished", True)
+                if not isinstance(finished, bool):
+                    raise ValueError(f"finished is {json.dumps(finished)}, neither true nor false")
+                if not completion and line.get("finished") is not True:  # as written below, it is an end at once
                     raise ValueError(f"{name} is empty")
-                row = {"prompt": prompt, "completion": completion, "label": label, "finished": line.get("finished", True)}
+                row = {"line": number, "prompt": prompt, "completion": completion, "label": label, "finished": finished}
                 rows.append({**row, "problem_id": ids.setdefault(prompt, len(ids))})
         except KeyError as error:
             raise UserError(f"{path}, line {number}: no {error.args[0]}") from None
@@ -111,9 +116,21 @@ def read_problems(path, fields=("problem", "answer")):
     return problems
 
 
+def final_answer(completion):
+    """The last whole \\boxed{…}, or all of the completion where there is none."""
+    begin = len(completion)
+    while (begin := completion.rfind("\\boxed{", 0, begin)) >= 0:
+        depth = 0
+        for end in range(begin + len("\\boxed"), len(completion)):
+            depth += {"{": 1, "}": -1}.get(completion[end], 0)
+            if depth == 0:
+                return completion[begin : end + 1]
+    return completion
+
+
 def is_correct(answer, completion):
-    """Whether a completion's final answer equals the gold one, by math-verify; a \\boxed{} one counts first."""
-    return bool(verify(parse(f"\\boxed{{{answer}}}"), parse(completion)))
+    """Whether a completion's final answer equals the gold one, by math-verify; the last \\boxed{} counts."""
+    return bool(verify(parse(f"\\boxed{{{answer}}}"), parse(final_answer(completion))))
 
 
 # --- sampling
@@ -151,8 +168,6 @@ def vllm_sampler(args, folder):
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise UserError(f"--engine vllm: {error}; pip install vllm") from None
-    from .load_hf import ChatTokenizer
-
     tokenizer = ChatTokenizer(folder)
     engine = LLM(model=str(folder), tensor_parallel_size=args.gpus)
 
@@ -176,16 +191,14 @@ def sample_problems(args):
     """
     problems = read_problems(args.problems, args.fields)
     settings = {key: getattr(args, key) for key in ("model", "n", "temperature", "max_tokens", "seed")}
-    settings |= {"problems": [answer for _, answer in problems]}
+    settings |= {"problems": digest(problems), "checkpoint": checkpoint_key(fetch(args.model))}
     beside, rows = args.out.with_name(args.out.name + ".json"), []
     if args.out.exists():
-        if not beside.exists() or json.loads(beside.read_text()) != settings:
+        if not beside.exists() or read_json(beside) != settings:
             raise UserError(f"{args.out} was made with other settings or problems: name another --out, or remove it")
-        text = args.out.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # torn by an interruption
-            args.out.write_text(whole)
-        rows = [json.loads(line) for line in whole.splitlines()]
+        whole = args.out.read_bytes().rpartition(b"\n")[0]
+        os.truncate(args.out, len(whole) + bool(whole))  # a line torn by an interruption is sampled again
+        rows = [row for _, row in read_lines(args.out)] if whole else []
     write_json(beside, settings)
     have = collections.Counter(row["problem_id"] for row in rows)
     todo = [i for i in range(len(problems)) if have[i] < args.n]
@@ -194,7 +207,7 @@ def sample_problems(args):
     if not todo:
         return rows
     sample, tokenizer = sampler(args)
-    with open(args.out, "a") as file, progress(total=len(todo), desc="problems") as bar:
+    with open(args.out, "a", encoding="utf-8") as file, progress(total=len(todo), desc="problems") as bar:
         for some in (todo[i : i + args.at_once] for i in range(0, len(todo), args.at_once)):
             prompts, counts = [tokenizer.ask(problems[i][0]) for i in some], [args.n - have[i] for i in some]
             seed = random.Random(f"{args.seed}/{some[0]}/{have[some[0]]}").getrandbits(31)
@@ -215,14 +228,14 @@ def add_flags(parser, n, temperature):
     """The flags of rollouts.py and evaluate.py."""
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help="hub name or folder of the checkpoint that answers")
-    add("--problems", required=True, type=Path, metavar="FILE", help="JSON lines with a problem and its answer each")
+    add("--model", required=True, metavar="NAME", help=f"hub name or folder of the checkpoint that answers{NO_DEFAULT}")
+    add("--problems", required=True, type=Path, metavar="FILE", help=f"JSON lines: a problem and its answer each{NO_DEFAULT}")
     add("--fields", nargs=2, default=["problem", "answer"], metavar=("PROBLEM", "ANSWER"), help="names of these two fields")
     add("--n", default=n, type=count, help="samples of each problem")
     add("--temperature", default=temperature, type=not_negative, metavar="X", help="0: the most likely token")
     add("--max-tokens", default=2048, type=count, metavar="N", help="longest answer")
     add("--engine", default="auto", choices=["auto", "vllm", "own"], help="auto: vLLM where it and a GPU are, else model.py")
-    add("--gpus", default=1, type=count, metavar="N", help="GPUs that vLLM spreads the model over")
+    add("--gpus", default=1, type=count, metavar="N", help="that vLLM spreads the model over; model.py takes one")
     add("--at-once", default=64, type=count, metavar="N", help="problems sampled before their lines are written")
     add("--seed", default=0, type=natural, metavar="N", help="of the sampling")
 
@@ -233,7 +246,9 @@ def run(argv=None, parser=None, n=8, temperature=1.0, report=None):
         description="Sample a checkpoint's answers to problems, verify them, and write them as JSON lines.",
     )  # fmt: skip
     add_flags(parser, n, temperature)
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="where an interrupted command goes on")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help=f"rollouts; an interrupted command goes on there{NO_DEFAULT}"
+    )
     args = parser.parse_args(argv)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)

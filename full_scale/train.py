@@ -10,12 +10,14 @@ Left out: grpo, which samples at every step; packing of several rows into one (b
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -25,17 +27,28 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from losses import future_logits, optimal_value, prompt_mean
-from options import add_method_flags, check_method_flags, count, methods, natural, positive
+from options import NO_DEFAULT, add_method_flags, check_method_flags, count, method_words, methods, natural, positive
 from results import FORMAT
 from stages import NonFiniteError, UserError, adamw, digest, progress, replacing, warmup_cosine, write_json
 from train import COLUMNS, PAIRED, batch_order, objective, pair_order
 
-from .load_hf import ChatTokenizer, empty_model, fetch, fill, find_tensors, gpt_config, read_json, save_pretrained
+from .load_hf import (
+    ChatTokenizer,
+    checkpoint_key,
+    empty_model,
+    fetch,
+    fill,
+    find_tensors,
+    gpt_config,
+    read_json,
+    save_pretrained,
+)  # fmt: skip
 from .rollouts import read_rollouts
 
 CHUNK = 256  # positions whose logits exist at once
@@ -56,13 +69,12 @@ class HeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, ref_hidden, ref_head, lam):
         present, future, normalisers = [], [], []
-        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
-            logits = (hidden[rows] @ head.T).float()  # (CHUNK, V)
-            chosen = targets[rows, None]
+        for rows in chunks(len(hidden)):
+            logits, chosen = head_logits(hidden[rows], head), targets[rows, None]  # (CHUNK, V)
             normalisers.append(logits.logsumexp(-1))
             present.append(logits.gather(-1, chosen)[:, 0] - normalisers[-1])
             if ref_hidden is not None:
-                logits = future_logits(logits, ref_hidden[rows] @ ref_head.T, lam)
+                logits = future_logits(logits, head_logits(ref_hidden[rows], ref_head), lam)
                 future.append(logits.gather(-1, chosen)[:, 0] - logits.logsumexp(-1))
         present = torch.cat(present)
         future = torch.cat(future) if future else present.clone()
@@ -74,13 +86,24 @@ class HeadLogps(torch.autograd.Function):
     def backward(ctx, upstream, _):
         hidden, head, targets, normalisers = ctx.saved_tensors
         hidden_grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
-        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
-            grad = -((hidden[rows] @ head.T).float() - normalisers[rows, None]).exp_()  # of logits: 1[target] - softmax
+        for rows in chunks(len(hidden)):
+            grad = -(head_logits(hidden[rows], head) - normalisers[rows, None]).exp_()  # of logits: 1[target] - softmax
             grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
             grad = (grad * upstream[rows, None]).to(head.dtype)
             hidden_grad[rows] = grad @ head
             head_grad += grad.T @ hidden[rows]
         return hidden_grad, head_grad.to(head.dtype), None, None, None, None
+
+
+def chunks(count):
+    return [slice(first, first + CHUNK) for first in range(0, count, CHUNK)]
+
+
+def head_logits(hidden, head):
+    """Logits (N, V) in fp32 from hidden states (N, D) and a head (V, D) of any type; the extrapolation magnifies rounding."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    return hidden.float() @ head.float().T
 
 
 def head_of(model):
@@ -106,8 +129,13 @@ def read_data(args, tokenizer):
     tokens, prompt_length, kept, long = [], [], [], 0
     encoded = functools.cache(tokenizer.encode)  # prompts repeat
     for row in read_rollouts(args.data, tokenizer):
-        prompt = encoded(row["prompt"])
-        completion = tokenizer.encode(row["completion"], special=False) + [tokenizer.eos] * row["finished"]
+        prompt, completion = encoded(row["prompt"]), tokenizer.encode(row["completion"], special=False)
+        if not prompt:
+            raise UserError(
+                f"{args.data}, line {row['line']}: a prompt of no token, so that none predicts the first answer token"
+            )
+        if row["finished"] and not (completion and completion[-1] in tokenizer.stops):
+            completion.append(tokenizer.eos)
         if len(prompt) + len(completion) > args.max_length:
             long += 1
             continue
@@ -173,21 +201,29 @@ def micro_batches(data, rows, args, paired=False):
 
 
 def start_processes():
-    """Join torchrun's processes, or be the only one -> this one's device."""
+    """Join torchrun's processes, or be the only one -> their mesh."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = "nccl" if device == "cuda" else "gloo"
+    backend, mine = "gloo", None
+    if device == "cuda":
+        backend, mine = "nccl", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(mine)
     if "RANK" in os.environ:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, device_id=mine)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return device
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=mine)
+    return init_device_mesh(device, (dist.get_world_size(),))
 
 
 def say(text):
     if dist.get_rank() == 0:
         print(text, flush=True)
+
+
+def agreed(value):
+    """The first process's value, in all of them."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def summed(values):
@@ -196,7 +232,7 @@ def summed(values):
     return values
 
 
-def build(args, folder, device):
+def build(args, folder, mesh):
     """The checkpoint's GPT, its parameters sharded over the processes, each of which reads its own part."""
     model = empty_model(gpt_config(read_json(folder / "config.json"), folder / "config.json"))
     places = find_tensors(folder, model)
@@ -206,11 +242,12 @@ def build(args, folder, device):
     for layer in model.layers:
         if args.recompute:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "hidden")
-    model.to_empty(device=device)
+    model.to_empty(device=mesh.device_type)
     fill(model, places)
+    model.folder = folder
     return model
 
 
@@ -220,30 +257,28 @@ def build(args, folder, device):
 class Reference:
     """The reference policy: every row's logp_sum, its output head, and its hidden states from disk or from a live model."""
 
-    def __init__(self, args, model, data, folder, device):
-        """The model is still the reference policy itself. Raises UserError where the disk is too small."""
-        self.data, self.device, self.live = data, device, None
+    def __init__(self, args, model, data, key, mesh):
+        """The model is still the reference policy itself; key: what it and the data are. Raises UserError: a full disk."""
+        self.data, self.device, self.live = data, mesh.device_type, None
         with torch.no_grad():
             head = head_of(model)
             head = head.full_tensor() if isinstance(head, DTensor) else head
             self.head = head.to(torch.bfloat16 if args.precision == "bf16" else torch.float32, copy=True)
-        needs_hidden = methods(args)[0]["lam"] > 0 and args.loss[0] != "sharpened"
+        needs_hidden = methods(args)[0]["lam"] > 0 and args.loss != ["sharpened"]
         stored = needs_hidden and args.reference == "cached"
         if needs_hidden and args.reference == "live":
-            self.live = build(args, folder, device).requires_grad_(False)
-        files = [(path.name, path.stat().st_size, edges(path)) for path in sorted(folder.glob("*.safetensors"))]
-        tokens = hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in data["tokens"])).hexdigest()
-        key = digest([str(files), tokens, args.precision, stored, args.loss == ["kto"], dist.get_world_size()])
+            self.live = build(args, model.folder, mesh).requires_grad_(False)
+        key = digest([key, args.precision, stored, args.loss == ["kto"], dist.get_world_size()])
         self.cache = args.out / "cache" / f"reference-{key}"
-        began = time.time()
-        if not (self.cache / "sums.safetensors").exists():
+        began, size = time.time(), data["length"].sum().item() * self.head.element_size() * self.head.shape[1] * stored
+        free, there = agreed((shutil.disk_usage(args.out).free, (self.cache / "sums.safetensors").exists()))
+        if not there:
+            if size > free:
+                raise UserError(f"{args.out}: the reference takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
             self.compute(args, model, stored, other_prompts(data) if args.loss == ["kto"] else None)
-            say(f"reference     {time.time() - began:6.1f} s     {self.cache}")
-        else:
-            say(f"reference     cached       {self.cache}")
-        self.seconds = time.time() - began
+        say(f"reference     {'cached  ' if there else f'{time.time() - began:6.1f} s'}     {self.cache}   {size / 1e9:.1f} GB")
         sums = load_file(self.cache / "sums.safetensors")
-        self.logp_sum, self.mismatched_logp_sum = sums["logp_sum"], sums.get("mismatched_logp_sum")
+        self.logp_sum, self.mismatched_logp_sum, self.seconds = (sums[name] for name in ("logp_sum", "mismatched", "seconds"))
         self.places = {}
         for path in sorted(self.cache.glob("hidden-*.safetensors")):
             file = safe_open(path, "pt")
@@ -254,12 +289,7 @@ class Reference:
     @torch.no_grad()
     def compute(self, args, model, stored, prompts):
         """Run every row through the model once; the hidden states go to this process's files, the sums to one of all."""
-        data, size = self.data, self.head.element_size() * self.head.shape[1]
-        free, needed = shutil.disk_usage(args.out).free, data["length"].sum().item() * size * stored
-        if needed > free:
-            raise UserError(
-                f"{args.out}: the reference's hidden states take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-            )
+        data, began = self.data, time.time()
         self.cache.mkdir(parents=True, exist_ok=True)
         sums, mismatched = torch.zeros(len(data["reward"])), torch.zeros(len(data["reward"]))
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -279,19 +309,18 @@ class Reference:
                 sums[rows] = row_sums(logps, mask).cpu()
                 if prompts is not None:
                     mismatched[rows] = row_sums(moved_logps, moved_mask).cpu()
-                waiting.append((rows, hidden.to(self.head.dtype).cpu()))
-            if stored and (sum(h.numel() for _, h in waiting) * self.head.element_size() > SHARD_BYTES):
+                waiting += [(rows, hidden.to(self.head.dtype).cpu())] * stored
+            if sum(hidden.nbytes for _, hidden in waiting) > SHARD_BYTES:
                 self.write(waiting, rank, files)
                 waiting, files = [], files + 1
-            elif not stored:
-                waiting = []
         if waiting:
             self.write(waiting, rank, files)
         model.reshard()  # FSDP2 does so in backward only, and the optimizer wants the shards
         sums, mismatched = summed(sums.to(self.device)).cpu(), summed(mismatched.to(self.device)).cpu()
         if rank == 0:  # after every process's files, and last: it says that they are whole
             with replacing(self.cache / "sums.safetensors") as temporary:
-                save_file({"logp_sum": sums, **({} if prompts is None else {"mismatched_logp_sum": mismatched})}, temporary)
+                seconds = torch.tensor(time.time() - began)
+                save_file({"logp_sum": sums, "mismatched": mismatched, "seconds": seconds}, temporary)
         dist.barrier()
 
     def write(self, waiting, rank, number):
@@ -308,14 +337,6 @@ class Reference:
             return None
         places = [self.places[row] for row in rows.tolist()]
         return torch.cat([file.get_slice("hidden")[begin:end] for file, begin, end in places]).to(self.device)
-
-
-def edges(path, size=2**20):
-    """A digest of a file's first and last MiB: enough to tell checkpoints apart without reading all of them."""
-    with open(path, "rb") as file:
-        head = file.read(size)
-        file.seek(-min(size, path.stat().st_size), os.SEEK_END)
-        return hashlib.sha256(head + file.read()).hexdigest()
 
 
 # --- training
@@ -345,7 +366,7 @@ def kto_z0(model, data, reference, batches, prompts):
 
 
 def training_step(model, optimizer, data, reference, rows, settings, args, prompts):
-    """One optimizer step on some rows -> sums for the log (9,), the same in every process."""
+    """One optimizer step on some rows -> sums for the log (9,), the same in every process, the last the gradient norm."""
     batches, sums = micro_batches(data, rows, args, settings["loss"] in PAIRED), torch.zeros(9, device=reference.device)
     z0 = kto_z0(model, data, reference, batches, prompts) if settings["loss"] == "kto" else None
     optimizer.zero_grad()
@@ -385,26 +406,46 @@ def monitor(model, data, reference, rows, args, lam):
 
 
 def settings_of(args, method, data, folder):
-    """The run's config.json but for what is measured, with what results.py reads."""
+    """The run's config.json but for what is measured, with what results.py reads; it names checkpoint and data by content."""
+    tokens = [*data["tokens"], data["prompt_length"], data["reward"]]
+    content = hashlib.sha256(b"".join(values.numpy().tobytes() for values in tokens)).hexdigest()[:16]
     problems = len(data["problem_ids"].unique())
-    settings = {"format": FORMAT, "init": args.init, "data": args.data.name, "prompts": problems}
-    settings |= {"rows": len(data["reward"]), "rollouts": round(len(data["reward"]) / problems)}
+    settings = {"format": FORMAT, "init": args.init, "checkpoint": agreed(checkpoint_key(folder)), "data": content}
+    settings |= {"prompts": problems, "rows": len(data["reward"]), "rollouts": round(len(data["reward"]) / problems)}
     names = ("steps", "batch_size", "eval_every", "lr", "warmup", "max_length", "precision", "seed")
     return settings | {name: getattr(args, name) for name in names} | method
 
 
+def read_state(folder):
+    """state.json of a checkpoint all of whose files are there, else None."""
+    with contextlib.suppress(UserError, OSError, KeyError):
+        state = read_json(folder / "state.json")
+        if all((folder / name).stat().st_size == size for name, size in state["files"].items()):
+            return state
+    return None
+
+
 def resume(model, optimizer, folder):
-    """Load the checkpoint of an interrupted run, if there is one -> its state, or that of a run's beginning."""
-    state = {"step": 0, "seconds": 0.0, "trained": 0, "below": [0, 0]}
-    if not (folder / "checkpoint" / "state.json").exists():
-        return state
-    state = read_json(folder / "checkpoint" / "state.json")
+    """Load the checkpoint of an interrupted run, if there is one -> its state, or that of a run's beginning.
+
+    An interruption while one took the other's place leaves it under its temporary name, or the old one under its own.
+    """
+    states = agreed({name: read_state(folder / name) for name in ("checkpoint", "checkpoint.part", "checkpoint.old")})
+    states = {name: state for name, state in states.items() if state}
+    if not states:
+        return {"step": 0, "seconds": 0.0, "trained": 0, "below": [0, 0], "interval": []}
+    name = max(states, key=lambda name: states[name]["step"])
+    if dist.get_rank() == 0:
+        for other in {"checkpoint", "checkpoint.part", "checkpoint.old"} - {name}:
+            shutil.rmtree(folder / other, ignore_errors=True)
+        (folder / name).rename(folder / "checkpoint")
+    dist.barrier()
     for parameter in model.parameters():
-        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device), **zeros}
+        zeros = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(float(states[name]["step"]), device=parameter.device), **zeros}
     dcp.load(tensors_of(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder / "checkpoint")))
-    say(f"resuming      {folder} from step {state['step']}")
-    return state
+    say(f"resuming      {folder} from step {states[name]['step']}")
+    return states[name]
 
 
 def tensors_of(model, optimizer):
@@ -417,26 +458,31 @@ def tensors_of(model, optimizer):
 
 
 def save_checkpoint(model, optimizer, folder, state):
-    """Replace the checkpoint by that of this step; the old one stays until the new one is whole."""
-    new, old = folder / "checkpoint.part", folder / "checkpoint"
-    if dist.get_rank() == 0:
+    """Put this step's checkpoint in the place of the last; at every moment one of them is whole."""
+    new, old, first = folder / "checkpoint.part", folder / "checkpoint", dist.get_rank() == 0
+    if first:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
     dist.barrier()
-    dcp.save(tensors_of(model, optimizer), storage_writer=dcp.HuggingFaceStorageWriter(str(new), save_distributed=True))
+    tensors = tensors_of(model, optimizer)
+    sizes = torch.tensor([tensor.nbytes for tensor in tensors.values()]).cumsum(0) // SHARD_BYTES
+    shards = dict(zip(tensors, (sizes + 1).tolist()))
+    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(new), shards, save_distributed=True))
     dist.barrier()
-    if dist.get_rank() == 0:
-        write_json(new / "state.json", state)
-        shutil.rmtree(old, ignore_errors=True)
+    if first:
+        write_json(new / "state.json", {**state, "files": {path.name: path.stat().st_size for path in new.iterdir()}})
+        if old.exists():
+            old.rename(folder / "checkpoint.old")
         new.rename(old)
+        shutil.rmtree(folder / "checkpoint.old", ignore_errors=True)
 
 
-def train(args, device):
-    folder = fetch(args.init)
-    tokenizer = ChatTokenizer(folder)
-    data = read_data(args, tokenizer)
+def train(args, mesh):
+    """The command; True where it was interrupted, and a checkpoint of its last step saved. Raises UserError, NonFiniteError."""
+    folder = agreed(fetch(args.init)) if dist.get_rank() == 0 else agreed(None)
+    data = read_data(args, ChatTokenizer(folder))
     (method,) = methods(args)
-    settings = settings_of(args, method, data, folder)
+    settings, first = settings_of(args, method, data, folder), dist.get_rank() == 0
     reward, ids = data["reward"], data["problem_ids"]
     if method["loss"] in PAIRED:
         order = pair_order(reward, ids, args.steps, args.batch_size, args.seed)
@@ -444,73 +490,97 @@ def train(args, device):
         order = batch_order(reward, args.steps, args.batch_size, args.seed)
     prompts = other_prompts(data) if method["loss"] == "kto" else None
     per_process = args.micro_batch * dist.get_world_size()
-    monitored = batch_order(reward, 1, 2 * max(MONITORED, per_process // 2), args.seed)[0]
-    monitored = monitored[: len(monitored) // per_process * per_process]
-    words = [Path(args.init).name, method["loss"], *([f"lam{method['lam']:g}"] * (method["lam"] > 0))]
-    run_folder = args.out / "-".join([*words, f"steps{args.steps}", f"lr{args.lr:g}", f"seed{args.seed}", digest(settings)])
-    run_folder.mkdir(parents=True, exist_ok=True)
-    if (run_folder / "model" / "config.json").exists():
+    monitored = batch_order(reward, 1, math.ceil(2 * MONITORED / per_process) * per_process, args.seed)[0]
+    words = [Path(args.init).name, *method_words(method), f"steps{args.steps}", f"lr{args.lr:g}", f"seed{args.seed}"]
+    run_folder = args.out / "-".join([*words, digest(settings)])
+    if agreed((run_folder / "model" / "config.json").exists()):
         say(f"already finished: {run_folder}")
-        return
+        return False
 
-    model = build(args, folder, device)
-    reference = Reference(args, model, data, folder, device)
+    model = build(args, folder, mesh)
+    reference = Reference(args, model, data, f"{settings['checkpoint']} {settings['data']}", mesh)
     optimizer = adamw(model, args.lr)
+    run_folder.mkdir(parents=True, exist_ok=True)
     state = resume(model, optimizer, run_folder)
     say(f"training      {run_folder}")
-    log_path, first = run_folder / "log.csv", dist.get_rank() == 0
+    log_path, resumed = run_folder / "log.csv", state["step"]
     if first:
-        measured = {
-            "sampling_seconds": None,
-            "reference_seconds": reference.seconds,
-            "share_correct": (reward > 0).float().mean().item(),
-        }
-        environment = {"device": device, "processes": dist.get_world_size(), "torch": torch.__version__}
+        share, seconds = (reward > 0).float().mean().item(), reference.seconds.item()
+        measured = {"sampling_seconds": None, "reference_seconds": seconds, "share_correct": share}
+        environment = {"device": mesh.device_type, "processes": dist.get_world_size(), "torch": torch.__version__}
         write_json(run_folder / "config.json", {**settings, "measured": measured, "environment": environment})
-        kept = []
-        if state["step"]:
-            with open(log_path) as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
-        with open(log_path, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
+        start_log(log_path, resumed)
 
-    interval, began, resumed = [], time.time(), state["step"]
     bar = progress(total=args.steps, initial=resumed, desc=run_folder.name, disable=not first or None)
-    for step in range(resumed, args.steps + 1):
-        if step % args.eval_every == 0 or step == args.steps:
-            if step > resumed or step == 0:
-                log_row(args, model, data, reference, monitored, method["lam"], state, interval, step, log_path)
-            interval = []
-        if step > resumed and (step % args.save_every == 0 or step == args.steps):
-            save_checkpoint(model, optimizer, run_folder, {**state, "step": step})
-        if step == args.steps:
-            break
-        began = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warmup_cosine(step, args.warmup, args.steps)
-        sums = training_step(model, optimizer, data, reference, order[step], settings, args, prompts)
-        if not sums[[0, 8]].isfinite().all():
-            raise NonFiniteError(
-                f"step {step + 1}: loss {sums[0]:g}, gradient norm {sums[8]:g}; problem ids of its batch: "
-                f"{ids[order[step]].unique().tolist()}; the last checkpoint is kept in {run_folder}"
-            )
-        interval.append(sums)
-        state["below"] = [int(before + now) for before, now in zip(state["below"], sums[5:7])]
-        state["trained"] += int(sums[7])
-        state["seconds"] += time.time() - began
-        bar.update()
-    bar.close()
-    save_pretrained(model, run_folder / "model", folder, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    with bar, interruptions() as interrupted:
+        for step in range(resumed, args.steps + 1):
+            evaluating = step % args.eval_every == 0 or step == args.steps
+            if evaluating and (step > resumed or step == 0):
+                log_row(args, model, data, reference, monitored, method["lam"], state, step, log_path)
+                state["interval"] = []
+            stopping = step < args.steps and summed(torch.tensor(len(interrupted), device=reference.device)) > 0
+            if step > resumed and (step % args.save_every == 0 or step == args.steps or stopping):
+                save_checkpoint(model, optimizer, run_folder, {**state, "step": step})
+            if stopping:
+                return True
+            if step == args.steps:
+                break
+            began = time.time()
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * warmup_cosine(step, args.warmup, args.steps)
+            sums = training_step(model, optimizer, data, reference, order[step], settings, args, prompts)
+            if not sums[[0, 8]].isfinite().all():
+                raise NonFiniteError(
+                    f"step {step + 1}: loss {sums[0]:g}, gradient norm {sums[8]:g}; problem ids of its batch: "
+                    f"{ids[order[step]].unique().tolist()}; the last checkpoint is kept in {run_folder}"
+                )
+            state["interval"].append(sums.tolist())
+            state["below"] = [int(before + now) for before, now in zip(state["below"], sums[5:7])]
+            state["trained"] += int(sums[7])
+            state["seconds"] += time.time() - began
+            bar.update()
+    save_pretrained(model, run_folder / "model", torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    if first:
+        shutil.rmtree(run_folder / "checkpoint")
     say(f"checkpoint    {run_folder / 'model'}")
+    return False
 
 
-def log_row(args, model, data, reference, monitored, lam, state, interval, step, path):
-    """Append a row to log.csv, and print a line."""
+@contextlib.contextmanager
+def interruptions():
+    """A list to which Ctrl-C and SIGTERM append, so that the step is finished first; a second Ctrl-C ends at once."""
+    caught = []
+
+    def catch(number, _):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start_log(path, step):
+    """Write log.csv with its header and the rows up to a step that are there already."""
+    kept = []
+    if step:
+        with open(path, newline="") as file:
+            kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        log = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        log.writeheader()
+        log.writerows(kept)
+
+
+def log_row(args, model, data, reference, monitored, lam, state, step, path):
+    """Append a row to log.csv, of the steps since the last one, and print a line."""
+    interval = state["interval"]
     row = {name: math.nan for name in COLUMNS} | {"step": step} | monitor(model, data, reference, monitored, args, lam)
     if interval:
-        sums = torch.stack(interval).sum(0)
+        sums = torch.tensor(interval, dtype=torch.float64).sum(0)
         row |= {"loss": sums[0].item() / len(interval), "grad_norm": sums[8].item() / len(interval)}
         row |= {"coefficient_correct": (sums[1] / sums[2]).item(), "coefficient_incorrect": (sums[3] / sums[4]).item()}
     row |= dict(zip(("below_0.2_pi", "below_0.2_pihat"), state["below"]))
@@ -519,10 +589,11 @@ def log_row(args, model, data, reference, monitored, lam, state, interval, step,
         with open(path, "a", newline="") as file:
             log = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             log.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    loss = f"{row['loss']:+.4f}" if interval else "   --  "
     rate = state["trained"] / max(state["seconds"], 1e-9)
     memory = f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
     say(
-        f"step {step:5d}/{args.steps}  loss {row['loss']:+.4f}  log-ratio correct {row['logratio_correct']:+8.2f} "
+        f"step {step:5d}/{args.steps}  loss {loss}  log-ratio correct {row['logratio_correct']:+8.2f} "
         f"incorrect {row['logratio_incorrect']:+8.2f}  {rate:,.0f} completion tokens/s{memory}"
     )
 
@@ -539,16 +610,17 @@ def parse_args(argv=None):
     add_method_flags(parser)
     parser.set_defaults(loss=["fpa"])
     add = parser.add_argument_group("checkpoint and data").add_argument
-    add("--init", required=True, metavar="NAME", help="hub name or folder of the checkpoint, which is the reference policy too")
+    add("--init", required=True, metavar="NAME", help="hub name or folder of the checkpoint, which is the "
+        f"reference policy too{NO_DEFAULT}")  # fmt: skip
     add("--data", required=True, type=Path, metavar="FILE", help="rollouts of it, JSON lines: prompt, completion, label, or "
-        "prompt, chosen, rejected")  # fmt: skip
-    add("--max-length", default=4096, type=count, metavar="N", help="tokens; longer rows are left out")
+        f"prompt, chosen, rejected{NO_DEFAULT}")  # fmt: skip
+    add("--max-length", default=2560, type=count, metavar="N", help="tokens; longer rows are left out")
     add = parser.add_argument_group("training").add_argument
     add("--steps", default=500, type=count, metavar="N", help="optimizer steps")
     add("--lr", default=1e-6, type=positive, metavar="X", help="AdamW's highest learning rate")
     add("--warmup", default=10, type=natural, metavar="N", help="steps of linear warm-up, before a cosine to 0")
     add("--batch-size", default=64, type=count, metavar="N", help="rows a step over all GPUs, half of them correct")
-    add("--micro-batch", default=4, type=count, metavar="N", help="rows that a GPU takes at once; gradients accumulate")
+    add("--micro-batch", default=2, type=count, metavar="N", help="rows that a GPU takes at once; gradients accumulate")
     add("--seed", default=0, type=natural, metavar="N", help="of the order of the rows")
     add = parser.add_argument_group("machine").add_argument
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the products; weights, gradients and moments "
@@ -579,17 +651,26 @@ def parse_args(argv=None):
 
 
 def run(argv=None):
-    args, code = parse_args(argv), 0
-    device = start_processes()
+    args = parse_args(argv)
+    mesh, code = start_processes(), 0
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        train(args, device)
+        code = 130 * train(args, mesh)
     except (UserError, NonFiniteError, OSError) as error:
-        print(f"python -m full_scale.train: error: {error}", file=sys.stderr)
         code = 3 if isinstance(error, NonFiniteError) else 2
+        if dist.get_rank() == 0:
+            print(f"python -m full_scale.train: error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        print(f"interrupted: the last checkpoint is kept in {args.out}; the same command goes on from it", file=sys.stderr)
         code = 130
+    if code == 130 and dist.get_rank() == 0:
+        print(
+            f"interrupted: what is saved in {args.out} stays; the same command goes on from there", file=sys.stderr, flush=True
+        )
+    if dist.get_world_size() > 1:  # a usual exit waits for the others after an error, and gloo's threads sometimes abort in it
+        if not code:
+            dist.barrier()
+        sys.stdout.flush()
+        os._exit(code)
     dist.destroy_process_group()
     sys.exit(code)
 

@@ -117,7 +117,7 @@ def test_a_saved_checkpoint_is_the_loaded_one_bit_for_bit(architecture, options,
     monkeypatch.setattr(full_scale.load_hf, "SHARD_BYTES", 20_000)
     theirs = make_checkpoint(tmp_path / "in", architecture, **options)
     model, _ = load_pretrained(tmp_path / "in")
-    save_pretrained(model, tmp_path / "out", tmp_path / "in")
+    save_pretrained(model, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert type(again) is type(theirs)
@@ -127,6 +127,20 @@ def test_a_saved_checkpoint_is_the_loaded_one_bit_for_bit(architecture, options,
     first, second = ({k: v for k, v in c.items() if k != "_name_or_path"} for c in config)
     assert first == second
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "in" / "tokenizer.json").read_bytes()
+
+
+def test_a_checkpoint_replaces_a_larger_one(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path)
+    model, _ = load_pretrained(tmp_path)
+    monkeypatch.setattr(full_scale.load_hf, "SHARD_BYTES", 20_000)
+    save_pretrained(model, tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists() and not (tmp_path / "model.safetensors").exists()
+    monkeypatch.undo()
+    with torch.no_grad():
+        model.norm.weight.fill_(7)
+    save_pretrained(model, tmp_path)
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert (load_pretrained(tmp_path)[0].norm.weight == 7).all()
 
 
 def test_weights_are_cast_on_the_way(tmp_path):
@@ -162,8 +176,15 @@ DAMAGES = {
     "window": (lambda f: change_config(f, use_sliding_window=True), "sliding windows"),
     "activation": (lambda f: change_config(f, hidden_act="gelu"), "activation 'gelu'"),
     "heads": (lambda f: change_config(f, num_attention_heads=5, head_dim=None), "d_model 32 must split"),
-    "text for a number": (lambda f: change_config(f, num_attention_heads="four"), "config.json: "),
-    "no width": (lambda f: change_config(f, hidden_size=None), "config.json: "),
+    "text for a number": (lambda f: change_config(f, num_attention_heads="4"), 'num_attention_heads is "4", not a whole'),
+    "no width": (lambda f: change_config(f, hidden_size=None), "hidden_size is null, not a whole number"),
+    "negative": (lambda f: change_config(f, vocab_size=-1), "vocab_size is -1, not a whole number of at least 1"),
+    "no epsilon": (lambda f: change_config(f, rms_norm_eps=None), "rms_norm_eps is null, not a number above 0"),
+    "rope of another kind": (lambda f: change_config(f, rope_parameters=[1]), "rope_parameters is [1], not an object"),
+    "rope without factor": (lambda f: change_config(f, rope_parameters={"rope_type": "llama3"}), "factor is null, not a"),
+    "text for architectures": (lambda f: change_config(f, architectures="Qwen"), "architecture Qwen is not supported"),
+    "eos of another kind": (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "x"}'), "eos_token_id is"),
+    "eos token of another kind": (lambda f: (f / "tokenizer_config.json").write_text('{"eos_token": 5}'), "eos_token is 5"),
     "torn config": (lambda f: (f / "config.json").write_text('{"archi'), "config.json: not JSON"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: No such file"),
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "(.bin, .pt) are refused"),
@@ -297,15 +318,17 @@ def test_rollouts_of_every_form_are_read(checkpoint, tmp_path):
         {"prompt": question, "chosen": [{"role": "assistant", "content": "2"}], "rejected": "3"},
         "",
         {"prompt": "2+2?", "completion": "5", "label": False},
+        {"prompt": "2+2?", "completion": "", "label": False, "finished": True},  # as rollouts.py writes an end at once
     )
     rendered = tokenizer.render(question)
     assert rendered.endswith("<|im_start|>assistant\n")
     rows = [tuple(row.values()) for row in read_rollouts(path, tokenizer)]
     assert rows == [
-        ("2+2?", "4", True, False, 0),
-        (rendered, "2", True, True, 1),
-        (rendered, "3", False, True, 1),
-        ("2+2?", "5", False, True, 0),
+        (1, "2+2?", "4", True, False, 0),
+        (2, rendered, "2", True, True, 1),
+        (2, rendered, "3", False, True, 1),
+        (4, "2+2?", "5", False, True, 0),
+        (5, "2+2?", "", False, True, 0),
     ]
 
 
@@ -320,9 +343,11 @@ BAD_LINES = {
     "number": ({"prompt": 3, "completion": "b", "label": True}, "line 2: neither a text nor a list of messages"),
     "messages": ({"prompt": [{"role": "user"}], "completion": "b", "label": True}, "line 2: neither a text nor a list"),
     "two answers": (
-        {"prompt": "a", "completion": [{"content": "b"}, {"content": "c"}], "label": True},
+        {"prompt": "a", "completion": [{"role": "assistant", "content": "b"}] * 2, "label": True},
         "line 2: neither a text",
     ),
+    "answer of another kind": ({"prompt": "a", "completion": [{"role": "x", "content": 5}], "label": True}, "line 2: neither"),
+    "finished": ({"prompt": "a", "completion": "b", "label": True, "finished": "no"}, 'line 2: finished is "no"'),
 }
 
 
@@ -358,6 +383,9 @@ def test_problems_of_the_usual_dumps_are_read(tmp_path):
         ("73", "59+14=73, so \\boxed{74}", False),
         ("\\frac{1}{2}", "It is $\\boxed{0.5}$.", True),
         ("(1,2)", "\\boxed{(2,1)}", False),
+        ("4", "first \\boxed{3}, no: \\boxed{4}", True),
+        ("3", "first \\boxed{3}, no: \\boxed{4}", False),
+        ("\\frac{1}{2}", "\\boxed{\\frac{1}{2}} and an unfinished \\boxed{\\frac{1", True),
         ("5", "no answer", False),
         ("5", "", False),
     ],
@@ -385,7 +413,7 @@ def taught(tmp_path_factory):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    save_pretrained(model, folder, folder)
+    save_pretrained(model, folder)
     return folder, write(folder / "problems.jsonl", *({"problem": q, "answer": a} for q, a in problems.items()))
 
 
@@ -450,17 +478,22 @@ def test_sampling_goes_on_where_it_stopped(taught, tmp_path):
     out = tmp_path / "rollouts.jsonl"
     assert sample(folder, problems, out, "--n", 2).returncode == 0
     whole = out.read_text()
-    out.write_text("".join(whole.splitlines(keepends=True)[:5]) + '{"prompt": "torn')
+    kept = whole.splitlines(keepends=True)[:5]
+    kept[1] = json.dumps({**json.loads(kept[1]), "completion": "a\u2028b\x85"}, ensure_ascii=False) + "\n"
+    out.write_text("".join(kept) + '{"prompt": "torn')
     done = sample(folder, problems, out, "--n", 2)
     assert done.returncode == 0, done.stderr
     assert "5 of 16 rollouts are there" in done.stdout
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert out.read_text().startswith("".join(whole.splitlines(keepends=True)[:5]))
+    rows = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
+    assert out.read_text().startswith("".join(kept))
     assert sorted(row["problem_id"] for row in rows) == [i for i in range(8) for _ in range(2)]
     done = sample(folder, problems, out, "--n", 2, "--temperature", 0.5)
     assert done.returncode == 2
     assert done.stderr.strip().endswith(f"{out} was made with other settings or problems: name another --out, or remove it")
-    assert len(out.read_text().splitlines()) == 16
+    problems.write_text(problems.read_text().replace("What is", "How much is"))
+    assert sample(folder, problems, out, "--n", 2).returncode == 2
+    problems.write_text(problems.read_text().replace("How much is", "What is"))
+    assert len(out.read_text().split("\n")[:-1]) == 16
 
 
 # --- train.py
@@ -468,9 +501,9 @@ def test_sampling_goes_on_where_it_stopped(taught, tmp_path):
 QUICK = ["--steps", 6, "--batch-size", 8, "--micro-batch", 2, "--eval-every", 1, "--save-every", 2, "--lr", 1e-3, "--warmup", 2]
 
 
-def train(checkpoint, out, *flags, processes=1):
+def train(checkpoint, out, *flags, data=ROLLOUTS, processes=1):
     """Train on the shipped rollouts -> the log's columns but for the times."""
-    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", out, *QUICK, *flags, processes=processes)
+    done = run_module("train", "--init", checkpoint, "--data", data, "--out", out, *QUICK, *flags, processes=processes)
     assert done.returncode == 0, done.stderr
     return log_of(out)
 
@@ -531,9 +564,16 @@ def test_every_loss_trains(loss, checkpoint, tmp_path):
     assert log[-1]["logratio_correct"] > log[-1]["logratio_incorrect"]
 
 
-def test_kto_in_two_processes(checkpoint, tmp_path):
-    logs = [train(checkpoint, tmp_path / str(n), "--loss", "kto", "--lam", 2, processes=n) for n in (1, 2)]
+@pytest.mark.parametrize("flags", [("--loss", "kto", "--lam", 2), ("--loss", "dpo")], ids=["rows", "pairs"])
+def test_two_processes_share_z0_and_pairs(flags, checkpoint, tmp_path):
+    logs = [train(checkpoint, tmp_path / str(n), *flags, processes=n) for n in (1, 2)]
     assert_logs_agree(logs[1], logs[0], rtol=1e-4)
+
+
+def test_bfloat16_products_change_little(checkpoint, alone, tmp_path):
+    log = train(checkpoint, tmp_path, "--precision", "bf16")
+    assert log != alone[1]
+    assert_logs_agree(log, alone[1], rtol=0.05)
 
 
 def test_the_trained_checkpoint_loads_in_transformers(checkpoint, alone):
@@ -547,8 +587,56 @@ def test_the_trained_checkpoint_loads_in_transformers(checkpoint, alone):
     assert transformers.PreTrainedTokenizerFast.from_pretrained(folder).eos_token == "<|im_end|>"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_goes_on_with_the_same_losses(processes, checkpoint, alone, tmp_path):
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch, condition):
+    """Make training_step raise where a condition is met: a kill at that moment, in this process."""
+    original = full_scale.train.training_step
+
+    def until(*arguments):
+        if condition():
+            raise Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(full_scale.train, "training_step", until)
+
+
+def interrupt(checkpoint, out, *flags):
+    with pytest.raises(Killed):
+        train(checkpoint, out, *flags)
+    torch.distributed.destroy_process_group()
+
+
+def saved_step(out):
+    return max((json.loads(path.read_text())["step"] for path in out.glob("*/checkpoint/state.json")), default=0)
+
+
+@pytest.mark.parametrize("flags", [(), ("--eval-every", 4, "--save-every", 3)], ids=["each step", "off the grid"])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(flags, checkpoint, tmp_path, monkeypatch):
+    expected = train(checkpoint, tmp_path / "whole", *flags)
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        step = iter(range(10))
+        kill_at(patch, lambda: next(step) == 5)
+        interrupt(checkpoint, killed, *flags)
+    assert 0 < saved_step(killed) < 5
+    assert not list(killed.glob("*/model"))
+    same(train(checkpoint, killed, *flags), expected)
+    weights = [load_file(next(out.glob("*/model/model.safetensors"))) for out in (tmp_path / "whole", killed)]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    assert not list(killed.glob("*/checkpoint*"))
+    again = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", killed, *QUICK, *flags)
+    assert "already finished" in again.stdout
+
+
+def same(ours, expected):
+    """Equal to the last digit that the log has; a NaN is equal to itself."""
+    assert str(ours) == str(expected)
+
+
+def test_a_run_killed_from_outside_goes_on(checkpoint, alone, tmp_path):
     flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK]
     command = [sys.executable, "-m", "full_scale.train", *map(str, flags)]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -557,13 +645,108 @@ def test_a_killed_run_goes_on_with_the_same_losses(processes, checkpoint, alone,
             os.kill(running.pid, signal.SIGKILL)
             break
     running.wait()
-    assert not list(tmp_path.glob("*/model"))
-    done = run_module("train", *flags, processes=processes)
-    assert done.returncode == 0, done.stderr
-    assert "from step " in done.stdout
-    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-4)
     done = run_module("train", *flags)
-    assert "already finished" in done.stdout
+    assert "from step " in done.stdout
+    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("moment", ["part is whole", "old is moved", "old is half gone", "part is half written"])
+def test_a_checkpoint_that_was_being_replaced_is_taken_up(moment, checkpoint, alone, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, lambda: saved_step(tmp_path) == 4)
+        interrupt(checkpoint, tmp_path)
+    (whole,) = tmp_path.glob("*/checkpoint")
+    part, old = (whole.with_name(f"checkpoint.{name}") for name in ("part", "old"))
+    if moment == "part is whole":
+        whole.rename(part)
+    elif moment == "old is moved":
+        whole.rename(old)
+    elif moment == "old is half gone":
+        shutil.copytree(whole, old)
+        next(old.glob("*.safetensors")).unlink()
+    else:
+        shutil.copytree(whole, part)
+        (part / "state.json").unlink()
+    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "from step 4" in done.stdout
+    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
+
+
+def test_a_checkpoint_without_one_of_its_files_is_not_taken_up(checkpoint, alone, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, lambda: saved_step(tmp_path) == 4)
+        interrupt(checkpoint, tmp_path)
+    next(tmp_path.glob("*/checkpoint/*.safetensors")).unlink()
+    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
+    assert "resuming" not in done.stdout
+    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
+
+
+def test_a_run_goes_on_in_another_number_of_processes(checkpoint, alone, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, lambda: saved_step(tmp_path) == 2)
+        interrupt(checkpoint, tmp_path)
+    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "from step 2" in done.stdout
+    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_and_saves(number, checkpoint, tmp_path, monkeypatch):
+    expected = train(checkpoint, tmp_path / "whole", "--save-every", 100)
+    original, steps = full_scale.train.training_step, iter(range(10))
+
+    def signalled(*arguments):
+        if next(steps) == 2:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path / "stopped", *QUICK, "--save-every", 100]
+    with monkeypatch.context() as patch:
+        patch.setattr(full_scale.train, "training_step", signalled)
+        done = run_module("train", *flags)
+    assert done.returncode == 130
+    assert done.stderr.startswith("interrupted: what is saved in ") and done.stderr.count("\n") == 1
+    done = run_module("train", *flags)
+    assert "from step 3" in done.stdout
+    same(log_of(tmp_path / "stopped"), expected)
+
+
+def test_other_data_or_weights_are_another_run(checkpoint, tmp_path):
+    folder, data = shutil.copytree(checkpoint, tmp_path / "checkpoint"), tmp_path / "rollouts.jsonl"
+    data.write_text(ROLLOUTS.read_text())
+    first = train(folder, tmp_path / "1", data=data)
+    data.write_text(ROLLOUTS.read_text().replace("First", "Now"))
+    train(folder, tmp_path / "2", data=data)
+    data.write_text(ROLLOUTS.read_text())
+    change_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 30.0})
+    train(folder, tmp_path / "3", data=data)
+    change_tensor(folder, lambda tensors: tensors["model.norm.weight"].mul_(1.01))
+    train(folder, tmp_path / "4", data=data)
+    names = {name: {path.name for path in tmp_path.glob(name)} for name in ("*/checkpoint-*", "*/cache/*")}
+    assert [len(some) for some in names.values()] == [4, 4]
+    assert abs(first[0]["logratio_correct"]) < 1e-4
+
+
+def test_a_prompt_of_no_token_is_named(checkpoint, tmp_path):
+    lines = ROLLOUTS.read_text().splitlines()
+    data = write(tmp_path / "rollouts.jsonl", *lines, {"prompt": "", "completion": "1", "label": True})
+    done = run_module("train", "--init", checkpoint, "--data", data, "--out", tmp_path, *QUICK)
+    assert done.returncode == 2
+    assert f"{data}, line 33: a prompt of no token" in done.stderr
+
+
+def test_the_end_is_trained_once(checkpoint, tmp_path):
+    lines = [json.loads(line) for line in ROLLOUTS.read_text().splitlines()]
+    ended = [{**line, "completion": line["completion"] + "<|im_end|>"} for line in lines]
+    cut = [{**line, "finished": False} for line in lines]
+    tokens = []
+    for name, rows in (("plain", lines), ("ended", ended), ("cut", cut)):
+        log = train(checkpoint, tmp_path / name, data=write(tmp_path / f"{name}.jsonl", *rows))
+        tokens.append(log[-1]["tokens_sampled"])
+    assert tokens[0] == tokens[1] == tokens[2] + 32
 
 
 def test_plots_draws_the_log(alone, tmp_path):
@@ -572,6 +755,11 @@ def test_plots_draws_the_log(alone, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "dynamics.png").exists()
     assert "8 prompts × 4 rollouts" in (tmp_path / "results.md").read_text()
+    (toy,) = (ROOT / "logs").glob("fpa-lam2-both-prompts1024-steps1000-lr0.0002-seed0-*")
+    both = shutil.copytree(alone[0], tmp_path / "both")
+    shutil.copytree(toy, both / toy.name)
+    done = subprocess.run([*command[:2], str(both), *command[3:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 BAD_COMMANDS = {
@@ -586,6 +774,16 @@ BAD_COMMANDS = {
     "--data nowhere.jsonl": "nowhere.jsonl: No such file",
     "--max-length 3": "needs correct and incorrect rows, and has 0",
 }
+
+
+def test_a_disk_too_small_for_the_reference_is_one_line(checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
+    assert done.returncode == 2
+    assert "the reference takes 0.0 GB, and 0.0 GB are free" in done.stderr
+    assert not list(tmp_path.glob("cache/*/*"))
+    assert train(checkpoint, tmp_path, "--loss", "off_rl")  # needs none
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD_COMMANDS.items(), ids=BAD_COMMANDS)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import claims
+import full_scale.train
 import options
 import plots
 import results
@@ -84,7 +85,9 @@ def test_paths_exist():
 
 
 def test_flags_in_the_text_exist():
-    helps = [help_of(name) for name in ("train.py", "bench.py", "plots.py")] + [help_of("-m", "full_scale.rollouts")]
+    helps = [help_of(name) for name in ("train.py", "bench.py", "plots.py")] + [
+        help_of("-m", f"full_scale.{name}") for name in ("rollouts", "train")
+    ]
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert any(flag in text for text in helps)
 
@@ -146,8 +149,11 @@ SHAPES = {  # as published
 def test_the_memory_table_is_the_loaders(name):
     config = GPTConfig(**SHAPES[name])
     parameters = parameter_count(empty_model(config))
-    cells = [f"{training_gib(config, parameters, gpus, 'bf16'):.0f}" for gpus in (1, 2, 4, 8)]
-    assert f"| {name} | {parameters / 1e9:.2f} B | {' | '.join(cells)} |" in README
+    for products in ("bf16", "fp32"):
+        cells = [f"{training_gib(config, parameters, gpus, products):.0f}" for gpus in (1, 2, 4, 8)]
+        assert f"| {name} | {parameters / 1e9:.2f} B | {products} | {' | '.join(cells)} |" in README
+    flags = full_scale.train.parse_args(["--init", name, "--data", "x"])
+    assert flags.micro_batch * flags.max_length == 5120
 
 
 def test_the_prompt_of_full_scale_is_the_one_that_is_asked():
