@@ -101,6 +101,8 @@ def parse_args(argv=None):
     add("--eval-every", default=50, type=count, metavar="N", help="steps between evaluations")
     add("--eval-temperature", default=1.0, type=positive, metavar="X", help="sampling temperature of the column `accuracy`")
     add("--diagnostics", action="store_true", help="also measure gradient entanglement, extrapolation and single tokens")
+    add("--explain", choices=WITH_FPA_FORM, metavar="NAME", help="train nothing: show what one step of this loss and one of "
+        f"its FPA form do to a pair of rollouts, token by token{NO_DEFAULT}")  # fmt: skip
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes a GPU where there is one")

@@ -396,7 +396,12 @@ def run(argv=None):
     """The command: parse, train, and turn what goes wrong into one line and an exit code."""
     args = parse_args(argv)
     try:
-        main(args)
+        if args.explain:
+            from explain import explain  # which imports this file
+
+            explain(args)
+        else:
+            main(args)
     except KeyboardInterrupt:
         kept = f"finished stages and runs, and the weights and log of the last evaluation, are kept in {args.out}"
         print(f"interrupted: {kept}; the same command reuses what is finished", file=sys.stderr)
