@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import GPT, GPTConfig
 from options import count
@@ -185,8 +186,8 @@ def fill(model, places):
         with safe_open(path, "pt") as file:
             for name in (name for name, place in places.items() if place == path):
                 parameter, tensor = parameters[name], file.get_tensor(published_name(name))
-                if isinstance(parameter, torch.distributed.tensor.DTensor):
-                    tensor = torch.distributed.tensor.distribute_tensor(
+                if isinstance(parameter, DTensor):
+                    tensor = distribute_tensor(
                         tensor.to(parameter.device, parameter.dtype),
                         parameter.device_mesh,
                         parameter.placements,
@@ -248,7 +249,7 @@ def save_pretrained(model, folder, dtype=None):
         whole = {}
         for name in names:
             tensor = tensors[name].detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if first:
                 whole[published_name(name)] = tensor.to("cpu", dtype).contiguous()
         weight_map |= dict.fromkeys(whole, file)

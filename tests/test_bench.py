@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import jobs
+from model import GPTConfig
 from toy_math.problems import Problem, verify
 
 
@@ -80,6 +81,15 @@ def test_memory_of_the_loss_at_full_scale():
 def bench_in_a_process(chunked):
     with jobs.workers(1) as pool:
         return pool.submit(bench.loss_memory, chunked, 512, width=8).result()
+
+
+def test_real_shapes_are_trained_by_full_scale(tmp_path):
+    config = GPTConfig(vocab_size=1000, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48, qkv_bias=True)
+    rate, flops, line = bench.full_scale_steps(tmp_path, config, prompt=5, completion=15, rows=16, steps=2)
+    assert line.startswith("step     2/2") and "log-ratio" in line
+    layers = 2 * 32 * 32 + 32 + 2 * (32 * 16 + 16) + 3 * 32 * 48 + 3 * 32  # q, o; k, v; feed-forward; norms
+    a_token = 6 * layers + 12 * 1 * 32 * 20
+    assert flops == pytest.approx(rate * (a_token * 20 / 15 + 6 * 1000 * 32))
 
 
 def test_one_section_is_measured_anew_and_the_others_stay(tmp_path, monkeypatch):
