@@ -680,8 +680,8 @@ an evaluation's.""",
 side in processes of one thread; one run, and runs one by one, have all threads.""",
     "Full scale": """Log-probabilities under the present and the future policy, forward and backward, at a vocabulary of
 151,936 in float32: the peak of a process beyond hidden states, heads and their gradients. Plain holds all positions' logits,
-`full_scale/train.py` those of 256. On a GPU also 20 FPA steps of that program on random checkpoints of real shapes, 512 tokens a
-row, in bf16; a large product is 8,192³.""",
+`full_scale/train.py` those of 256. On a GPU also 20 FPA steps of that program on random checkpoints of real shapes, 512 tokens
+a row, in bf16; a large product is 8,192³.""",
 }
 
 

@@ -296,11 +296,14 @@ def figure_prompts(runs):
 
 
 def figure_cost(runs):
-    """Accuracy against what it cost: completion tokens sampled and trained on, and seconds of sampling and training."""
-    main = main_runs(runs)
+    """Accuracy against its cost in tokens and seconds, each loss at its best learning rate where other seeds chose one."""
+    main, best = main_runs(runs), tuned(runs)
     if not where(main, loss="grpo"):
         return None
-    chosen = where(main, loss=("off_rl", "grpo")) + fpa_runs(main)
+    if all(family in best for family in ONLINE_OR_NOT):
+        chosen = [run for family in ONLINE_OR_NOT for run in best[family]]
+    else:
+        chosen = where(main, loss=("off_rl", "grpo")) + fpa_runs(main)
     figure, axes = canvas(1, 2)
     costs = {
         "millions of completion tokens sampled or trained on": lambda log: tokens(log) / 1e6,
@@ -448,6 +451,7 @@ def figure_tokens(runs):
     return figure, chosen
 
 
+ONLINE_OR_NOT = (("off_rl", False), ("fpa", True), ("grpo", False))
 MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast")  # and no intervals
 FIGURES = {name.removeprefix("figure_"): function for name, function in list(globals().items()) if name.startswith("figure_")}
 

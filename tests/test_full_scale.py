@@ -615,13 +615,14 @@ def saved_step(out):
 
 @pytest.mark.parametrize("flags", [(), ("--eval-every", 4, "--save-every", 3)], ids=["each step", "off the grid"])
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(flags, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(full_scale.train, "SHARD_BYTES", 20_000)  # so that a checkpoint is of several files
     expected = train(checkpoint, tmp_path / "whole", *flags)
     killed = tmp_path / "killed"
     with monkeypatch.context() as patch:
         step = iter(range(10))
         kill_at(patch, lambda: next(step) == 5)
         interrupt(checkpoint, killed, *flags)
-    assert 0 < saved_step(killed) < 5
+    assert 0 < saved_step(killed) < 5 and len(list(killed.glob("*/checkpoint/*.safetensors"))) > 5
     assert not list(killed.glob("*/model"))
     same(train(checkpoint, killed, *flags), expected)
     weights = [load_file(next(out.glob("*/model/model.safetensors"))) for out in (tmp_path / "whole", killed)]
