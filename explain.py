@@ -22,13 +22,17 @@ STEP = 5e-4  # the learning rate of that one
 MARKS = ((0.2, "↑", "↓"), (0.02, "+", "-"), (0.0, "·", "·"))  # for changes of at least this share of the largest
 
 
-def one_step(policy, data, pair, z0, settings):
-    """One step on rows `pair` (2,): their C (2,), π̄ and π̄̂ (2,), and the change of their tokens' log-probabilities (2, T)."""
-    model, start, length = copy.deepcopy(policy), data["start"], data["length"][pair]
+def one_step(policy, data, pair, z0, settings, rows=None):
+    """One step on the pair (2,), or on some of its rows: what moves it, and the change of the pair's log-probabilities.
+
+    Of the R rows C, π̄ and π̄̂, (R,) each, and of the pair's tokens (2, T). z0 is kto's, None for the others.
+    """
+    rows = pair if rows is None else rows
+    model, start, length = copy.deepcopy(policy), data["start"], data["length"][rows]
     tokens, mask = data["tokens"][pair], data["mask"][pair]
-    logp_sum, future_logp_sum = trajectory_logps(model, data, pair, settings["lam"])
-    batch = {"logp_sum": logp_sum, "logratio": logp_sum - data["ref_logp_sum"][pair], "z0": z0}
-    batch |= {"reward": data["reward"][pair], "length": length}
+    logp_sum, future_logp_sum = trajectory_logps(model, data, rows, settings["lam"])
+    batch = {"logp_sum": logp_sum, "logratio": logp_sum - data["ref_logp_sum"][rows], "z0": z0}
+    batch |= {"reward": data["reward"][rows], "length": length}
     loss, coefficient = objective(batch, future_logp_sum, settings)
     loss.backward()
     with torch.no_grad():
