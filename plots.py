@@ -51,7 +51,7 @@ CORRECTNESS = {"correct": "-", "incorrect": "--"}  # line styles
 COLOURS = {
     "off_rl": "#D55E00", "fpa": "#0072B2", "sft": "#009E73", "constant": "#CC79A7", "sharpened": "#E69F00", "grpo": "#000000",
     "simper": "#56B4E9", "dpo": "#009E73", "rpo": "#CC79A7", "kto": "#E69F00", "a_star_po": "#56B4E9", "pessimistic": "#999999",
-    "reinforce": "#F0E442",
+    "reinforce": "#8C6D1F",
 }  # fmt: skip
 
 

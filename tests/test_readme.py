@@ -282,6 +282,13 @@ def test_each_at_its_best_learning_rate():
 
 
 def test_online():
+    best = results.tuned(RUNS)
+    curves = []
+    for family in (("fpa", True), ("grpo", False)):
+        costs, accuracies = zip(*((results.tokens(run.log), run.log["accuracy"]) for run in best[family]))
+        curves.append((np.mean(costs, 0), np.mean(accuracies, 0)))
+    (cost, fpa), grpo = curves
+    assert (np.interp(cost, *grpo) > fpa - 0.005).all()
     assert side_of_zero("C14", 0) == -1 and not TABLE["C14"][0].supports() and TABLE["C14"][1].supports()
 
 
