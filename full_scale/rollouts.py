@@ -199,7 +199,6 @@ def sample_problems(args):
         whole = args.out.read_bytes().rpartition(b"\n")[0]
         os.truncate(args.out, len(whole) + bool(whole))  # a line torn by an interruption is sampled again
         rows = [row for _, row in read_lines(args.out)] if whole else []
-    write_json(beside, settings)
     have = collections.Counter(row["problem_id"] for row in rows)
     todo = [i for i in range(len(problems)) if have[i] < args.n]
     if rows:
@@ -207,6 +206,7 @@ def sample_problems(args):
     if not todo:
         return rows
     sample, tokenizer = sampler(args)
+    write_json(beside, settings)
     with open(args.out, "a", encoding="utf-8") as file, progress(total=len(todo), desc="problems") as bar:
         for some in (todo[i : i + args.at_once] for i in range(0, len(todo), args.at_once)):
             prompts, counts = [tokenizer.ask(problems[i][0]) for i in some], [args.n - have[i] for i in some]

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import pytest
@@ -494,6 +495,22 @@ def test_sampling_goes_on_where_it_stopped(taught, tmp_path):
     assert sample(folder, problems, out, "--n", 2).returncode == 2
     problems.write_text(problems.read_text().replace("How much is", "What is"))
     assert len(out.read_text().split("\n")[:-1]) == 16
+
+
+def test_what_cannot_be_sampled_leaves_nothing(taught, tmp_path):
+    folder, problems = taught
+    cases = {
+        ("--problems", "nowhere.jsonl"): "nowhere.jsonl: No such file",
+        ("--model", str(tmp_path)): "no *.safetensors",
+        ("--n", "0"): "argument --n: must be a whole number of at least 1",
+    }
+    if not find_spec("vllm"):
+        cases["--engine", "vllm"] = "--engine vllm: No module named 'vllm'; pip install vllm"
+    for flags, message in cases.items():
+        done = sample(folder, problems, tmp_path / "rollouts.jsonl", *flags)
+        assert done.returncode == 2
+        assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not list(tmp_path.iterdir())
 
 
 # --- train.py
