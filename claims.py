@@ -39,6 +39,7 @@ EXPERIMENTS = {
     "main": [f"--diagnostics {FIVE}"],
     "prolonged": [f"--steps 4000 --eval-every 200 {FIVE}"],
     "lambda": [f"--loss fpa --lam 0 0.5 1 2 5 10 {FIVE}"],
+    "tokens": ["--loss fpa --lam 0 0.5 1 2 5 10 --diagnostics"],  # of one seed, for the page
     "targets": [f"--loss off_rl fpa --target both correct incorrect {FIVE}"],
     "tuning": [
         f"--loss off_rl fpa simper dpo rpo kto a_star_po pessimistic sft reinforce grpo {GRID} {TUNED}",

@@ -1,7 +1,7 @@
 """What `--diagnostics` measures beside the log, on the first pairs of a correct and an incorrect rollout of the same problem.
 
 entanglement.csv   (claim C2): norms and inner products of the trajectories' gradients, an evaluation a row
-tokens.csv         the log-ratio of every token of a few pairs, for the token heat map
+tokens.csv         every token of a few pairs: its log-ratio, and its log-probability under the reference and the future policy
 extrapolation.csv  (claim C10): how far the future policy of step t is from the policy of a later step t', against the present's
 
 Left out: the gradients' entanglement between different problems, and the covariances of Yuan et al. (2024).
@@ -41,23 +41,27 @@ def entanglement(model, data, pairs):
 
 
 @torch.no_grad()
-def token_logratios(model, data, pairs):
+def token_logratios(model, data, pairs, lam):
     """Rows of tokens.csv: for each pair and side the tokens' log-ratios, and the first token at which the two sides differ.
 
-    That is the incorrect side's first wrong token where no step of the correct side is wrong.
+    That is the incorrect side's first wrong token where no step of the correct side is wrong. With them the log-probabilities
+    under the reference and under the future policy of lam.
     """
     start, rows = data["start"], []
     for number, pair in enumerate(pairs):
-        tokens, mask = data["tokens"][pair], data["mask"][pair]
-        _, logps = completion_logps(model, tokens, mask, start)
-        ref_logps = token_logps(data["ref_logits"][pair], tokens[:, start:], mask[:, start:])
+        tokens, mask, ref_logits = data["tokens"][pair], data["mask"][pair], data["ref_logits"][pair]
+        logits, logps = completion_logps(model, tokens, mask, start)
+        ref_logps, future_logps = (
+            token_logps(some, tokens[:, start:], mask[:, start:])
+            for some in (ref_logits, future_logits(logits, ref_logits, lam))
+        )
         first = (tokens[0] != tokens[1]).int().argmax().item() - start - 1  # counted from the first completion token
         for side, name in enumerate(("correct", "incorrect")):
             length = data["length"][pair[side]]
-            ratios = (logps - ref_logps)[side, :length].tolist()
             ids = tokens[side, start + 1 : start + 1 + length].tolist()
-            texts = {"tokens": " ".join(map(str, ids)), "logratios": " ".join(f"{ratio:.3f}" for ratio in ratios)}
-            rows.append({"pair": number, "side": name, "first_wrong": first, **texts})
+            columns = {"logratios": logps - ref_logps, "ref_logps": ref_logps, "future_logps": future_logps}
+            texts = {key: " ".join(f"{x:.3f}" for x in values[side, :length]) for key, values in columns.items()}
+            rows.append({"pair": number, "side": name, "first_wrong": first, "tokens": " ".join(map(str, ids)), **texts})
     return rows
 
 
@@ -97,10 +101,10 @@ def extrapolation(snapshots, later, data, rows):
                 }
 
 
-def observer(model, data, pairs, folder):
+def observer(model, data, pairs, lam, folder):
     """A function of (step, at_evaluation) to call before every step and after the last, which measures and writes the files.
 
-    pairs (P, 2): row numbers of a correct and an incorrect rollout of the same problem.
+    pairs (P, 2): row numbers of a correct and an incorrect rollout of the same problem. lam: of tokens.csv's future policy.
     """
     rows, snapshots, extrapolated, entangled, tokens = pairs.flatten(), {}, [], [], []
     token_pairs = pairs[data["clean"][pairs[:, 0]]][:TOKEN_PAIRS]
@@ -114,7 +118,7 @@ def observer(model, data, pairs, folder):
                 write_csv(folder / "extrapolation.csv", extrapolated)
         if at_evaluation:
             entangled.append({"step": step, **entanglement(model, data, pairs)})
-            tokens.extend({"step": step, **row} for row in token_logratios(model, data, token_pairs))
+            tokens.extend({"step": step, **row} for row in token_logratios(model, data, token_pairs, lam))
             write_csv(folder / "entanglement.csv", entangled)
             if tokens:
                 write_csv(folder / "tokens.csv", tokens)

@@ -166,9 +166,9 @@ def over_steps(panels, height, width, methods):
     return figure
 
 
-def few(runs):
-    """At most six methods: all, or Off-RL and FPA at λ = 2 where there are more."""
-    if len(by_method(runs)) > 6:
+def few(runs, most=6):
+    """At most so many methods: all, or Off-RL and FPA at λ = 2 where there are more."""
+    if len(by_method(runs)) > most:
         runs = where(runs, loss="off_rl") + fpa_runs(runs) or where(runs, loss=runs[0].config["loss"])
     return runs
 
@@ -219,7 +219,7 @@ def figure_lambda(runs):
 
 def figure_entanglement(runs):
     """Gradients of a correct and an incorrect trajectory of one problem: norms, inner product, cosine, share with g > a."""
-    chosen = with_file(main_runs(runs), "entanglement.csv")
+    chosen = few(with_file(main_runs(runs), "entanglement.csv"), most=2)
     if not chosen:
         return None
     methods = by_method(chosen)
@@ -421,7 +421,7 @@ def figure_forecast(runs):
 
 def figure_tokens(runs):
     """Each token's log-ratio in a correct and an incorrect trace of one problem, under Off-RL and FPA, at several steps."""
-    chosen = few([run for run in with_file(main_runs(runs), "tokens.csv") if run.config["loss"] in ("off_rl", "fpa")])
+    chosen = few([run for run in with_file(main_runs(runs), "tokens.csv") if run.config["loss"] in ("off_rl", "fpa")], most=2)
     chosen = [run for run in chosen if run.config["seed"] == chosen[0].config["seed"]]
     if len(chosen) < 2:
         return None

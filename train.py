@@ -251,7 +251,7 @@ def train_policy(args, settings, folder, base, data, train_problems, test_proble
     observe = None
     if args.diagnostics:
         pairs = pair_order(reward, data["problem_ids"], 1, 2 * diagnostics.PAIRS, seed).view(2, -1).T
-        observe = diagnostics.observer(model, data, pairs.to(args.device), folder)
+        observe = diagnostics.observer(model, data, pairs.to(args.device), lam, folder)
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "samples.txt").unlink(missing_ok=True)

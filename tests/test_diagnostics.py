@@ -55,19 +55,22 @@ def test_entanglement_is_that_of_the_whole_gradients():
 
 def test_token_logratios_and_the_first_wrong_token():
     (_, model), data = tiny_data()
-    rows = diagnostics.token_logratios(model, data, torch.tensor([[0, 1], [2, 3]]))
+    rows = diagnostics.token_logratios(model, data, torch.tensor([[0, 1], [2, 3]]), 2.0)
     assert [(row["pair"], row["side"], row["first_wrong"]) for row in rows] == [
         (0, "correct", 4), (0, "incorrect", 4), (1, "correct", 5), (1, "incorrect", 5)
     ]  # fmt: skip
     assert [len(row["tokens"].split()) for row in rows] == [9, 9, 11, 11]
     with torch.no_grad():
-        logps, ref_logps = (
-            train.token_logps(logits, data["tokens"][:, data["start"] :], data["mask"][:, data["start"] :])
-            for logits in (model(data["tokens"])[:, data["start"] :], data["ref_logits"])
+        logits = model(data["tokens"])[:, data["start"] :]
+        logps, ref_logps, future_logps = (
+            train.token_logps(some, data["tokens"][:, data["start"] :], data["mask"][:, data["start"] :])
+            for some in (logits, data["ref_logits"], 3 * logits - 2 * data["ref_logits"])
         )
     for i, row in enumerate(rows):
         ratios = [float(text) for text in row["logratios"].split()]
         assert ratios == pytest.approx((logps - ref_logps)[i, : len(ratios)].tolist(), abs=1e-3)
+        for name, values in (("ref_logps", ref_logps), ("future_logps", future_logps)):
+            assert [float(text) for text in row[name].split()] == pytest.approx(values[i, : len(ratios)].tolist(), abs=1e-3)
 
 
 def test_distances_by_hand():
@@ -106,7 +109,7 @@ def test_a_straight_drift_is_forecast_exactly():
 def test_the_observer_writes_what_the_figures_read(tmp_path):
     (reference, model), data = tiny_data()
     model.load_state_dict(reference.state_dict())
-    observe = diagnostics.observer(model, data, torch.tensor([[0, 1], [2, 3]]), tmp_path)
+    observe = diagnostics.observer(model, data, torch.tensor([[0, 1], [2, 3]]), 2.0, tmp_path)
     for step in range(21):
         observe(step, at_evaluation=step % 10 == 0)
         with torch.no_grad():
