@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 
 import claims
+import page
 from results import (
     NAMES,
     Run,
@@ -492,6 +493,7 @@ def run(argv=None):
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     parser.add_argument("runs", nargs="?", default=Path("runs"), type=Path, help="folder whose runs are drawn")
     parser.add_argument("--to", default=Path("figures"), type=Path, help="folder that the figures and results.md go to")
+    parser.add_argument("--html", action="store_true", help="also write report.html there, a page to explore; needs plotly")
     args = parser.parse_args(argv)
     if not args.runs.is_dir():
         parser.error(f"{args.runs} is not a folder")
@@ -505,9 +507,14 @@ def run(argv=None):
     try:
         draw_figures(runs, args.to)
         (args.to / "results.md").write_text(claims.results(runs))
+        print(f"results       {args.to / 'results.md'}")
+        if args.html:
+            page.write_page(runs, args.to / "report.html")
+            print(f"page          {args.to / 'report.html'}")
     except OSError as error:
         parser.error(f"argument --to: {error}")
-    print(f"results       {args.to / 'results.md'}")
+    except page.MissingError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
