@@ -292,6 +292,16 @@ def test_online():
     assert side_of_zero("C14", 0) == -1 and not TABLE["C14"][0].supports() and TABLE["C14"][1].supports()
 
 
+def test_the_number_of_prompts():
+    assert [side_of_zero("C17", i) for i in range(2)] == [-1, 1]
+    few, many = (results.where(results.varying(RUNS, "prompts"), prompts=prompts) for prompts in (256, 4096))
+    assert all(results.final(run) < run.log["accuracy"][0] - 0.1 for run in claims.fpa_runs(few))
+    for run, other in zip(claims.fpa_runs(few), results.where(few, loss="sft")):
+        assert run.log["accuracy"][0] < run.log["accuracy"].max() < other.log["accuracy"].max()
+    sft = [claims.per_seed(results.where(runs, loss="sft"), results.final).mean() for runs in (few, MAIN, many)]
+    assert 0 < sft[1] - sft[0] < 0.05 and 0 < sft[2] - sft[1] < 0.02
+
+
 def test_prolonged_training():
     longest = results.where(RUNS, steps=4000)
     off_rl, fpa = (results.where(longest, loss=loss) for loss in ("off_rl", "fpa"))
