@@ -47,9 +47,10 @@ EXPERIMENTS = {
     ],
     "losses": [
         f"--loss off_rl fpa simper rpo kto --lr 8e-4 {FIVE}",
-        f"--loss off_rl --lr 3.2e-3 {FIVE}",
+        f"--loss off_rl a_star_po --lr 3.2e-3 {FIVE}",
         f"--loss dpo --lam 0 2 --lr 5e-5 {FIVE}",
-        f"--loss sft grpo --lr 2e-4 {FIVE}",
+        f"--loss reinforce --lr 5e-5 {FIVE}",
+        f"--loss sft grpo pessimistic --lr 2e-4 {FIVE}",
         f"--loss rpo --lam 2 --lr 2e-4 {FIVE}",
     ],
     "slower": [f"--loss off_rl --lr 2e-4 1.75e-4 1e-4 5e-5 2.5e-5 {FIVE}"],
