@@ -544,11 +544,10 @@ def loss_memory(chunked, positions, vocab=151_936, width=64):
     targets = torch.randint(vocab, (positions,))
     hidden.requires_grad_()
     head.requires_grad_()
-    before = peak_resident()
     if chunked:
         from full_scale.train import HeadLogps
-
-        before = peak_resident()
+    before = peak_resident()
+    if chunked:
         present, future = HeadLogps.apply(hidden, head, targets, ref_hidden, ref_head, 2.0)
     else:
         logits = hidden @ head.T
@@ -562,7 +561,7 @@ def random_checkpoint(folder, config):
     """A checkpoint of a Qwen2 shape with random weights in its published form, and a tokenizer of a thousand words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from full_scale.load_hf import save_pretrained
+    from full_scale.load_hf import parameter_count, save_pretrained
 
     folder.mkdir()
     raw = {"architectures": ["Qwen2ForCausalLM"], "vocab_size": config.vocab_size, "hidden_size": config.d_model}
@@ -576,7 +575,7 @@ def random_checkpoint(folder, config):
     model = GPT(config)
     model.folder = folder
     save_pretrained(model, folder, torch.bfloat16)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return parameter_count(model)
 
 
 def full_scale_steps(out, config, prompt=128, completion=384, rows=64, steps=20):

@@ -54,6 +54,13 @@ finite = checked(float, lambda value: True, "a finite number")
 share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
+def command_line(description, **words):
+    """A parser whose help shows the defaults, and whose errors are one line on stderr, without the usage, and exit code 2."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **words)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    return parser
+
+
 def add_method_flags(parser):
     """The flags that choose the method; `methods` reads them."""
     add = parser.add_argument_group("method").add_argument
@@ -77,12 +84,10 @@ def add_method_flags(parser):
 
 def parse_args(argv=None):
     """The flags, every one checked before anything is written; a wrong one is one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description="Offline RL on synthetic arithmetic: Off-RL, Future Policy Approximation (FPA) and their neighbours.",
+    parser = command_line(
+        "Offline RL on synthetic arithmetic: Off-RL, Future Policy Approximation (FPA) and their neighbours.",
         epilog="Flags shown with several values take several, and then the runs are their product.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     add_method_flags(parser)
     add = parser.add_argument_group("training").add_argument
     add("--seed", nargs="+", default=[0], type=natural, metavar="N", help="seed of the whole pipeline, base model included")

@@ -182,7 +182,7 @@ def label(method):
 
 
 def describe(config):
-    task = f"{config['ops']} operations" if "ops" in config else f"{config['init']}"  # the toy's, or of full_scale/
+    task = f"{config['ops']} operations" if "ops" in config else config["init"]  # the toy's, or of full_scale/
     measured = f", accuracy at T = {config['eval_temperature']:g}" if "ops" in config else ""
     size = f"{config['prompts']} prompts × {config['rollouts']} rollouts"
     return f"{size}, {task}, {config['steps']} steps, lr {config['lr']:g}{measured}"

@@ -5,9 +5,9 @@
 The paper's setting by default, 8 samples at temperature 0.7. Flags and files are those of full_scale/rollouts.py.
 """
 
-import argparse
-
 import numpy as np
+
+from options import command_line
 
 from . import rollouts
 
@@ -28,10 +28,7 @@ def report(rows):
 
 
 def run(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m full_scale.evaluate", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description=__doc__.splitlines()[0],
-    )  # fmt: skip
+    parser = command_line(__doc__.splitlines()[0], prog="python -m full_scale.evaluate")
     rollouts.run(argv, parser, n=8, temperature=0.7, report=report)
 
 

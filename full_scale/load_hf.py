@@ -6,7 +6,6 @@ Architectures: Llama (Llama 2 and 3, DeepSeekMath), Qwen2, Qwen3. Pickle checkpo
 run any code. Left out: quantised checkpoints, sliding windows, other rotary scalings than Llama 3's.
 """
 
-import argparse
 import datetime
 import hashlib
 import json
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import GPT, GPTConfig
-from options import count
+from options import command_line, count
 from stages import UserError, replacing, write_json
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -394,11 +393,9 @@ def describe(name, folder, raw, model):
 
 
 def run(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m full_scale.load_hf", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="What a published checkpoint is, the memory that training it takes, and an answer of it.",
-    )  # fmt: skip
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    """The command: what a checkpoint is and takes, and an answer; what goes wrong is one line and exit code 2."""
+    description = "What a published checkpoint is, the memory that training it takes, and an answer of it."
+    parser = command_line(description, prog="python -m full_scale.load_hf")
     parser.add_argument("name", help="hub name, such as Qwen/Qwen2.5-Math-1.5B, or folder")
     parser.add_argument("--prompt", default="What is 17 * 24?", metavar="TEXT", help="what to answer, greedily")
     parser.add_argument("--tokens", default=64, type=count, metavar="N", help="at most so many of them")

@@ -14,7 +14,6 @@ A problems file has a JSON object a line. Fields by data set, as their dumps car
     OlympiadBench   question, final_answer (a list) --fields question final_answer
 """
 
-import argparse
 import collections
 import json
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 from math_verify import parse, verify
 
-from options import NO_DEFAULT, count, natural, not_negative
+from options import NO_DEFAULT, command_line, count, natural, not_negative
 from stages import UserError, digest, progress, write_json
 
 from .load_hf import ChatTokenizer, checkpoint_key, fetch, load_pretrained, read_json
@@ -226,7 +225,6 @@ def sample_problems(args):
 
 def add_flags(parser, n, temperature):
     """The flags of rollouts.py and evaluate.py."""
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help=f"hub name or folder of the checkpoint that answers{NO_DEFAULT}")
     add("--problems", required=True, type=Path, metavar="FILE", help=f"JSON lines: a problem and its answer each{NO_DEFAULT}")
@@ -241,10 +239,9 @@ def add_flags(parser, n, temperature):
 
 
 def run(argv=None, parser=None, n=8, temperature=1.0, report=None):
-    parser = parser or argparse.ArgumentParser(
-        prog="python -m full_scale.rollouts", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Sample a checkpoint's answers to problems, verify them, and write them as JSON lines.",
-    )  # fmt: skip
+    """The command, or with evaluate.py's parser, defaults and report that one; what goes wrong is one line and exit code 2."""
+    description = "Sample a checkpoint's answers to problems, verify them, and write them as JSON lines."
+    parser = parser or command_line(description, prog="python -m full_scale.rollouts")
     add_flags(parser, n, temperature)
     parser.add_argument(
         "--out", required=True, type=Path, metavar="FILE", help=f"rollouts; an interrupted command goes on there{NO_DEFAULT}"

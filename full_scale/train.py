@@ -33,7 +33,17 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from losses import future_logits, optimal_value, prompt_mean
-from options import NO_DEFAULT, add_method_flags, check_method_flags, count, method_words, methods, natural, positive
+from options import (
+    NO_DEFAULT,
+    add_method_flags,
+    check_method_flags,
+    command_line,
+    count,
+    method_words,
+    methods,
+    natural,
+    positive,
+)
 from results import FORMAT
 from stages import NonFiniteError, UserError, adamw, digest, progress, replacing, warmup_cosine, write_json
 from train import COLUMNS, PAIRED, batch_order, objective, pair_order
@@ -606,11 +616,9 @@ def log_row(args, model, data, reference, monitored, lam, state, step, path):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m full_scale.train", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Offline RL of a published checkpoint on rollouts; behind torchrun, on several GPUs.",
-    )  # fmt: skip
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    """The flags, every one checked before any process group is there; a wrong one is one line and exit code 2."""
+    description = "Offline RL of a published checkpoint on rollouts; behind torchrun, on several GPUs."
+    parser = command_line(description, prog="python -m full_scale.train")
     add_method_flags(parser)
     parser.set_defaults(loss=["fpa"])
     add = parser.add_argument_group("checkpoint and data").add_argument
@@ -655,6 +663,7 @@ def parse_args(argv=None):
 
 
 def run(argv=None):
+    """The command in each process; the first one says what goes wrong, in one line."""
     args = parse_args(argv)
     mesh, code = start_processes(), 0
     try:
