@@ -1,4 +1,4 @@
-"""The claims of the paper, each as numbers from the runs' logs with a verdict, and results.md, which `python plots.py` writes.
+"""The claims that are checked, as numbers from the runs' logs with a verdict, and results.md, which `python plots.py` writes.
 
 `claims` says by which numbers a claim is measured and on which side of which bound it puts them; `verdict` is the rule. Both
 were written before the runs. The commands behind the runs are EXPERIMENTS.
@@ -58,6 +58,7 @@ EXPERIMENTS = {
     "controls": [f"--loss off_rl fpa constant sharpened sft --target both incorrect --weight {WEIGHT} {FIVE}"],
     "prompts": [f"--loss off_rl fpa constant sft --weight {WEIGHT} --prompts 256 1024 4096 {FIVE}"],
     "online": [f"--loss off_rl fpa grpo {FIVE}"],
+    "cost": [f"--loss fpa --lr 8e-4 --eval-every 1000 {FIVE}", f"--loss grpo --lr 2e-4 --eval-every 1000 {FIVE}"],  # alone
 }
 
 
@@ -166,7 +167,7 @@ def claims(runs):
 
     entangled = with_file(off_rl, "entanglement.csv")
     table["C1"] = "correct and incorrect trajectories share most tokens", [
-        Measured("share of incorrect tokens also in a correct rollout", per_seed(off_rl, facts("shared_tokens")), ">", 0.5),
+        Measured("share of incorrect tokens also in some correct rollout", per_seed(off_rl, facts("shared_tokens")), ">", 0.5),
         Measured("longest common prefix, share of the length", per_seed(off_rl, facts("common_prefix"))),
     ], ["main"]  # fmt: skip
     table["C2"] = "the gradients of correct and incorrect trajectories are entangled", [
@@ -177,12 +178,12 @@ def claims(runs):
     ], ["main"]  # fmt: skip
     table["C3"] = "Off-RL drags correct trajectories down", [
         Measured("final log-ratio of correct ones [nats]", per_seed(off_rl, last("logratio_correct")), "<"),
-        Measured("of incorrect ones", per_seed(off_rl, last("logratio_incorrect"))),
+        Measured("of incorrect ones [nats]", per_seed(off_rl, last("logratio_incorrect"))),
     ], ["main"]  # fmt: skip
-    table["C4"] = "FPA keeps correct trajectories up, at a larger margin than Off-RL's", [
+    table["C4"] = "FPA keeps correct trajectories higher than Off-RL does, at a larger margin", [
         Measured("final log-ratio of correct ones, FPA − Off-RL [nats]", paired(fpa, off_rl, last("logratio_correct")), ">"),
-        Measured("correct − incorrect log-ratio, FPA − Off-RL", paired(fpa, off_rl, margin), ">"),
-        Measured("the same, FPA alone", per_seed(fpa, margin), ">"),
+        Measured("correct − incorrect log-ratio, FPA − Off-RL [nats]", paired(fpa, off_rl, margin), ">"),
+        Measured("the same, FPA alone [nats]", per_seed(fpa, margin), ">"),
     ], ["main"]  # fmt: skip
     brake = per_seed(fpa, lambda run: np.mean(run.log["pihat_incorrect"] / run.log["pi_incorrect"]))
     counts = per_seed(fpa, lambda run: (run.log["below_0.2_pihat"][-1] - run.log["below_0.2_pi"][-1]) / 1000)
@@ -213,11 +214,12 @@ def claims(runs):
         accuracy(f"λ = {middle:g} − λ = {end:g}", lams[middle], lams[end]) for end in (0.0, 10.0) for middle in (0.5, 1.0, 2.0)
     ], ["lambda"]  # fmt: skip
     table["C9"] = "FPA's gain comes from the incorrect rows", [
-        accuracy("FPA on incorrect rows only − Off-RL", only["incorrect"], off_rl),
-        accuracy("FPA on incorrect rows only − FPA on both, at most a little worse", only["incorrect"], fpa, ">", -0.05),
-        accuracy("FPA on correct rows only − Off-RL", only["correct"], off_rl, "<", 0.05),
+        accuracy("FPA's coefficient on incorrect rows only − Off-RL", only["incorrect"], off_rl),
+        accuracy("on incorrect rows only − on both, at most a little worse", only["incorrect"], fpa, ">", -0.05),
+        accuracy("FPA's coefficient on correct rows only − Off-RL", only["correct"], off_rl, "<", 0.05),
         Measured("gradient norm at the end, Off-RL", per_seed(off_rl, last("grad_norm"))),
-        *[Measured(f"on {side} rows only", per_seed(some, last("grad_norm"))) for side, some in only.items()],
+        *[Measured(f"the same, FPA's coefficient on {side} rows only", per_seed(some, last("grad_norm")))
+          for side, some in only.items()],
     ], ["targets"]  # fmt: skip
 
     diagnosed = with_file(fpa_runs(varying(runs, "lr")), "extrapolation.csv")
@@ -253,21 +255,23 @@ def claims(runs):
     ], ["main"]  # fmt: skip
 
     best_grpo = best.get(("grpo", False), [])
+    timed = [run for run in varying(runs, "lr", "eval_every") if run.config["eval_every"] == run.config["steps"]]
     table["C14"] = "FPA is near online RLVR at a fraction of the cost, each at its own best learning rate", [
         accuracy("FPA − GRPO", best_fpa, best_grpo, ">", -0.05),
         Measured("tokens sampled, FPA / GRPO", ratio(best_fpa, best_grpo, last("tokens_sampled")), "<", 0.5),
-        Measured("seconds of sampling and training, FPA / GRPO", ratio(best_fpa, best_grpo, last("seconds")), "<", 0.5),
+        Measured("seconds of sampling and training, FPA / GRPO, two runs at once",
+                 ratio(fpa_runs(timed), where(timed, loss="grpo"), last("seconds")), "<", 0.5),
         Measured("tokens sampled or trained on, FPA / GRPO", ratio(best_fpa, best_grpo, lambda run: tokens(run.log)[-1])),
-    ], ["tuning", "losses"]  # fmt: skip
+    ], ["tuning", "losses", "cost"]  # fmt: skip
     table["C15"] = "the future matters, not just a weaker push on incorrect rows", [
-        accuracy("FPA on incorrect rows only − a constant there", only["incorrect"], constant),
+        accuracy("FPA's coefficient on incorrect rows only − a constant there", only["incorrect"], constant),
         accuracy("FPA − sharpened", fpa, where(sharpened, lam=2.0, target="both")),
-        accuracy("the same on incorrect rows only", only["incorrect"], where(sharpened, lam=2.0, target="incorrect")),
+        accuracy("the same, each on incorrect rows only", only["incorrect"], where(sharpened, lam=2.0, target="incorrect")),
         Measured("the constant", per_seed(constant, lambda run: run.config["weight"])),
-        Measured("FPA's average coefficient on incorrect rows", per_seed(only["incorrect"], average_coefficient)),
+        Measured("FPA's average weight of ∇ logp_mean on incorrect rows", per_seed(only["incorrect"], average_coefficient)),
     ], ["controls"]  # fmt: skip
     table["C16"] = "incorrect rows are worth having", [
-        accuracy("FPA − SFT on correct rows", fpa, sft),
+        accuracy("FPA − SFT", fpa, sft),
         accuracy("each at its own best learning rate", best_fpa, best.get(("sft", False), [])),
     ], ["controls", "tuning", "losses"]  # fmt: skip
     sizes = by(varying(runs, "prompts"), lambda run: run.config["prompts"])

@@ -1,7 +1,7 @@
 """The losses: Off-RL, its neighbours in the literature, and Future Policy Approximation (FPA, arXiv 2509.19893) for them.
 
 Every loss is a pure function of log-probabilities: tensors in, per-example losses and detached coefficients out. No model,
-tokenizer, config or device. With reward r = +1 (correct) or -1 (incorrect), every gradient has one form,
+tokenizer, config or device. With reward r = +1 (correct) or -1 (incorrect), every offline loss's gradient has one form,
 
     grad loss = - r C grad logp_sum        summed over the rows; C >= 0 (mostly): raise correct, lower incorrect ones
 

@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 
 import claims
 import page
+from files import UserError, replacing, write_text
 from results import (
     NAMES,
     Run,
@@ -297,7 +298,7 @@ def figure_prompts(runs):
 
 
 def figure_cost(runs):
-    """Accuracy against its cost in tokens and seconds, each loss at its best learning rate where other seeds chose one."""
+    """Accuracy against its cost in tokens, each loss at its best learning rate where other seeds chose one."""
     main, best = main_runs(runs), tuned(runs)
     if not where(main, loss="grpo"):
         return None
@@ -308,7 +309,9 @@ def figure_cost(runs):
     figure, axes = canvas(1, 2)
     costs = {
         "millions of completion tokens sampled or trained on": lambda log: tokens(log) / 1e6,
-        "seconds of sampling and training": lambda log: log["seconds"],
+        "millions of completion tokens sampled: offline, all of them before the first step": lambda log: (
+            log["tokens_sampled"] / 1e6
+        ),
     }
     for axis, (title, x) in zip(axes, costs.items()):
         for colour, _, some in coloured(by_method(chosen)):
@@ -480,7 +483,8 @@ def draw_figures(runs, to):
         settings = by(chosen, lambda run: run.setting)
         setting = describe(chosen[0].config) if len(settings) == 1 else f"{len(settings)} settings"
         figure.suptitle(f"{function.__doc__.splitlines()[0]}\n{setting}; {counted}", fontsize=9)
-        figure.savefig(to / f"{name}.png", dpi=110, metadata={"Description": fingerprint(chosen)})
+        with replacing(to / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=110, metadata={"Description": fingerprint(chosen)})
         plt.close(figure)
         print(f"figure        {to / name}.png   ({counted}; {setting})")
 
@@ -506,14 +510,14 @@ def run(argv=None):
     print(summary(runs))
     try:
         draw_figures(runs, args.to)
-        (args.to / "results.md").write_text(claims.results(runs))
+        write_text(args.to / "results.md", claims.results(runs))
         print(f"results       {args.to / 'results.md'}")
         if args.html:
             page.write_page(runs, args.to / "report.html")
             print(f"page          {args.to / 'report.html'}")
     except OSError as error:
         parser.error(f"argument --to: {error}")
-    except page.MissingError as error:
+    except UserError as error:
         parser.error(str(error))
 
 
