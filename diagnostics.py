@@ -7,13 +7,12 @@ extrapolation.csv  (claim C10): how far the future policy of step t is from the 
 Left out: the gradients' entanglement between different problems, and the covariances of Yuan et al. (2024).
 """
 
-import csv
-
 import numpy as np
 import torch
 
+from files import write_csv
 from losses import future_logits, token_logps
-from stages import completion_logps, replacing
+from stages import completion_logps
 
 PAIRS, TOKEN_PAIRS = 32, 2
 SNAPSHOTS = [10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960]  # so that t' = (1 + lam) t is among them
@@ -101,34 +100,28 @@ def extrapolation(snapshots, later, data, rows):
                 }
 
 
-def observer(model, data, pairs, lam, folder):
+def observer(model, data, pairs, lam, folder, snapshots, tables):
     """A function of (step, at_evaluation) to call before every step and after the last, which measures and writes the files.
 
     pairs (P, 2): row numbers of a correct and an incorrect rollout of the same problem. lam: of tokens.csv's future policy.
+    It adds to snapshots, {step: completion logits}, and tables, {file name without .csv: rows}, which a resumed run has kept.
     """
-    rows, snapshots, extrapolated, entangled, tokens = pairs.flatten(), {}, [], [], []
+    rows = pairs.flatten()
     token_pairs = pairs[data["clean"][pairs[:, 0]]][:TOKEN_PAIRS]
 
     def observe(step, at_evaluation):
+        """Measure what this step asks for, and write the tables that it adds to."""
+        added = {}
         if step in SNAPSHOTS:
             with torch.no_grad():
                 snapshots[step] = model(data["tokens"][rows], data["start"])
-            extrapolated.extend(extrapolation(snapshots, step, data, rows))
-            if extrapolated:
-                write_csv(folder / "extrapolation.csv", extrapolated)
+            added["extrapolation"] = list(extrapolation(snapshots, step, data, rows))
         if at_evaluation:
-            entangled.append({"step": step, **entanglement(model, data, pairs)})
-            tokens.extend({"step": step, **row} for row in token_logratios(model, data, token_pairs, lam))
-            write_csv(folder / "entanglement.csv", entangled)
-            if tokens:
-                write_csv(folder / "tokens.csv", tokens)
+            added["entanglement"] = [{"step": step, **entanglement(model, data, pairs)}]
+            added["tokens"] = [{"step": step, **row} for row in token_logratios(model, data, token_pairs, lam)]
+        for name, new in added.items():
+            if new:
+                tables[name] = [*tables.get(name, []), *new]
+                write_csv(folder / f"{name}.csv", tables[name])
 
     return observe
-
-
-def write_csv(path, rows):
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        for row in rows:
-            table.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})

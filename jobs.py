@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import torch
 from tqdm import tqdm
 
+from files import Interrupted
 from stages import progress
 
 
@@ -25,7 +26,10 @@ def start_worker():
 
 @contextlib.contextmanager
 def workers(count):
-    """A pool of `count` processes, started at once; they end where the block is left by an exception, Ctrl-C included."""
+    """A pool of `count` processes, started at once; where the block is left by an exception they end, a training step finished.
+
+    A second Ctrl-C ends them at once.
+    """
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker) as pool:
         handler = signal.signal(
             signal.SIGINT, signal.SIG_IGN
@@ -36,9 +40,24 @@ def workers(count):
         try:
             yield pool
         except BaseException:
-            for worker in multiprocessing.active_children():
+            children = multiprocessing.active_children()
+            for worker in children:
                 worker.terminate()
+            try:
+                for worker in children:
+                    worker.join()
+            except KeyboardInterrupt:
+                for worker in children:
+                    worker.kill()
             raise
+
+
+def task(function, *values):
+    """In a worker: call the function, and end the process where it was interrupted, which else would take up the next task."""
+    try:
+        return function(*values)
+    except Interrupted as signalled:
+        os._exit(128 + signalled.args[0])
 
 
 def finished(pool, function, arguments, errors):
@@ -46,7 +65,7 @@ def finished(pool, function, arguments, errors):
 
     One that fails stops no other: its exception goes into `errors`, by its name.
     """
-    futures = {pool.submit(function, *values): name for name, values in arguments.items()}
+    futures = {pool.submit(task, function, *values): name for name, values in arguments.items()}
     for future in as_completed(futures):
         if error := future.exception():
             errors[futures[future]] = error

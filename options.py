@@ -25,6 +25,7 @@ USERS = {  # of the flags that not every loss has
 }
 NO_DEFAULT = "%(default).0s"  # keeps argparse from adding one to a flag's help
 EVAL_SAMPLES = 8
+MOST_ROWS = 10**8  # that a run trains on, since their order is drawn before its first step
 MONITORED = 128  # correct, and as many incorrect, training rollouts whose log-probabilities are logged
 
 
@@ -46,7 +47,11 @@ def checked(kind, accepts, described):
     return parse
 
 
-count = checked(int, lambda value: 1 <= value < 2**31, "a whole number of at least 1")
+def count_up_to(most):
+    return checked(int, lambda value: 1 <= value <= most, f"a whole number from 1 to {most:,}")
+
+
+count = count_up_to(10**9)
 natural = checked(int, lambda value: 0 <= value < 2**31, "a whole number of at least 0 and below 2^31")
 positive = checked(float, lambda value: value > 0, "a finite number above 0")
 not_negative = checked(float, lambda value: value >= 0, "a finite number of at least 0")
@@ -74,7 +79,14 @@ def add_method_flags(parser):
     add("--beta", nargs="+", type=positive, metavar="X", help="weight of the log-ratio "
         f"(default: {', '.join(f'{loss} {beta:g}' for loss, beta in BETA.items())}){NO_DEFAULT}")  # fmt: skip
     add("--alpha", nargs="+", default=[1.0], type=not_negative, metavar="X", help="weight of rpo's log-likelihood term")
-    add("--weight", nargs="+", default=[0.25], type=not_negative, metavar="X", help="coefficient of constant on incorrect rows")
+    add(
+        "--weight",
+        nargs="+",
+        default=[0.25],
+        type=not_negative,
+        metavar="X",
+        help="weight of grad logp_mean of constant on incorrect rows",
+    )
     add(
         "--shift", nargs="+", default=[0.0], type=finite, metavar="X", help="shift of pessimistic's advantage, in units of beta"
     )
@@ -94,13 +106,28 @@ def parse_args(argv=None):
     add("--steps", default=1000, type=count, metavar="N", help="optimizer steps")
     add("--lr", nargs="+", default=[2e-4], type=positive, metavar="X", help="AdamW's learning rate, constant")
     add("--batch-size", default=64, type=count, metavar="N", help="trajectories a step; offline, half correct, half incorrect")
+    add("--skip-nonfinite", default=0, type=natural, metavar="N", help="leave out the updates of at most N steps whose loss or "
+        "gradient is not finite; one more stops the run")  # fmt: skip
 
     add = parser.add_argument_group("task").add_argument
-    add("--prompts", nargs="+", default=[1024], type=count, metavar="N", help="training problems, which are rolled out")
-    add("--rollouts", default=8, type=count, metavar="N", help="samples per training problem, and in a group of grpo's")
-    add("--ops", default=6, type=count, metavar="N", help="operations per problem")
+    add(
+        "--prompts",
+        nargs="+",
+        default=[1024],
+        type=count_up_to(10**6),
+        metavar="N",
+        help="training problems, which are rolled out",
+    )
+    add(
+        "--rollouts",
+        default=8,
+        type=count_up_to(1000),
+        metavar="N",
+        help="samples per training problem, and in a group of grpo's",
+    )
+    add("--ops", default=6, type=count_up_to(50), metavar="N", help="operations per problem")
     add("--slip", default=0.12, type=share, metavar="X", help="probability that a step of the base model's corpus is wrong")
-    add("--base-steps", default=3000, type=count, metavar="N", help="training steps of the base model")
+    add("--base-steps", default=3000, type=count_up_to(200_000), metavar="N", help="training steps of the base model")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", default=50, type=count, metavar="N", help="steps between evaluations")
@@ -113,6 +140,9 @@ def parse_args(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes a GPU where there is one")
     add("--jobs", default=0, type=natural, metavar="N", help="runs at once, a thread each; 0: one a CPU thread, one on a GPU")
     add("--out", default="runs", type=Path, metavar="FOLDER", help="folder of the runs and of the cached stages")
+    add("--save-every", default=100, type=count, metavar="N", help="steps between checkpoints")
+    add("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on with an interrupted run from its last "
+        "checkpoint, or begin it anew")  # fmt: skip
     add("--force", action="store_true", help="train finished runs anew; cached stages stay")
     args = parser.parse_args(argv)
     check_args(parser, args)
@@ -134,6 +164,10 @@ def check_args(parser, args):
     """What no single flag shows: flags at odds, too few problems, the output folder; settles `--device auto`."""
     if args.batch_size % 2:
         parser.error(f"argument --batch-size: must be even, half correct and half incorrect, not {args.batch_size}")
+    if args.steps * args.batch_size > MOST_ROWS:
+        parser.error(
+            f"argument --steps: times --batch-size must be at most {MOST_ROWS:,}, not {args.steps * args.batch_size:,}"
+        )
     check_method_flags(parser, args)
     if "grpo" in args.loss and (args.rollouts == 1 or args.batch_size % args.rollouts):
         parser.error(f"argument --rollouts: grpo needs at least 2, and --batch-size a multiple of them, not {args.rollouts}")

@@ -12,8 +12,8 @@ import json
 import numpy as np
 
 import claims
+from files import UserError, write_text
 from results import by_method, label, main_runs, read_csv, with_file
-from stages import replacing
 from toy_math.tokenizer import ALPHABET
 
 CURVES = ("accuracy", "logratio_correct", "logratio_incorrect", "pi_incorrect", "pihat_incorrect")
@@ -98,10 +98,6 @@ draw();
 """
 
 
-class MissingError(Exception):
-    """What the page needs is not there; shown as one line, exit code 2."""
-
-
 def numbers(text):
     return [float(number) for number in text.split()]
 
@@ -141,16 +137,15 @@ def claims_table(runs):
 
 
 def write_page(runs, path):
-    """Write the page. Raises MissingError where plotly or runs with single tokens are missing, OSError."""
+    """Write the page. Raises UserError where plotly or runs with single tokens are missing, or the disk is full."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise MissingError("--html needs plotly: pip install plotly") from None
+        raise UserError("--html needs plotly: pip install plotly") from None
     shown = [run for run in with_file(main_runs(runs), "tokens.csv") if "ref_logps" in read_csv(run.folder / "tokens.csv")]
     if not shown:
-        raise MissingError("--html needs runs with their single tokens: train with --diagnostics")
+        raise UserError("--html needs runs with their single tokens: train with --diagnostics")
     first = [some[0] for some in by_method(shown).values()]  # one seed of each
     data = json.dumps([run_data(run) for run in first], ensure_ascii=False).replace("</", "<\\/")
     page = PAGE.replace("RUNS", data, 1).replace("CLAIMS", claims_table(runs), 1).replace("PLOTLY", get_plotlyjs(), 1)
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)

@@ -1,22 +1,33 @@
 """What every run starts from, made once and cached: base model -> rollouts -> the reference policy's logits.
 
-A stage's file is named by a digest of its settings and of the files that it starts from, so that no stale one is ever taken up.
+A stage's file is named by a digest of its settings and of the files that it starts from, so that no stale one is ever taken up,
+and has a JSON file beside it with its checksum, so that no torn or edited one is.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import math
-import os
 import random
 import time
 from dataclasses import asdict
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
+from files import (
+    Interrupted,
+    NonFiniteError,
+    UserError,
+    finishing_step,
+    load_checkpoint,
+    read_beside,
+    save_checkpoint,
+    write_beside,
+    write_tensors,
+    write_text,
+)
 from losses import optimal_value, prompt_mean, token_logps
 from model import GPT, GPTConfig
 from results import FORMAT
@@ -30,40 +41,10 @@ EVAL_PROBLEMS = 256
 progress = functools.partial(tqdm, disable=None, leave=False)  # disable=None: a bar on a terminal only
 
 
-class UserError(Exception):
-    """Something the user can mend; shown as one line, exit code 2."""
-
-
-class NonFiniteError(Exception):
-    """The loss or the gradient is no longer a number; shown as one line, exit code 3."""
-
-
-# --- files
-
-
 def digest(settings, *paths):
     """Of settings and of the files' contents: the key of whatever they determine."""
     contents = [json.dumps(settings, sort_keys=True).encode(), *(path.read_bytes() for path in paths)]
     return hashlib.sha256(b"".join(contents)).hexdigest()[:8]
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary name to write to, renamed to `path` once it is whole: no reader ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    yield temporary
-    os.replace(temporary, path)
-
-
-def write_json(path, value):
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def save_model(model, path):
-    with replacing(path) as temporary:
-        save_file(model.state_dict(), temporary)
 
 
 def seeded(device, *parts):
@@ -105,11 +86,14 @@ def stage_settings(args, seed, prompts):
     return base, {**base, "prompts": prompts, "rollouts": args.rollouts}
 
 
-def base_model(args, seed, path):
-    """A GPT that has learned the slipping corpus: each trace is new, and only its completion is predicted."""
+def base_model(args, seed, settings, path):
+    """A GPT that has learned the slipping corpus: each trace is new, and only its completion is predicted.
+
+    Goes on from a checkpoint beside `path` where there is one. Raises UserError, NonFiniteError, Interrupted.
+    """
     torch.manual_seed(seed)
     model = GPT(CONFIG).to(args.device)
-    if path.exists():
+    if read_beside(path):
         print(f"base model    cached       {path}")
         model.load_state_dict(load_file(path))
         return model
@@ -118,20 +102,37 @@ def base_model(args, seed, path):
 
     optimizer = adamw(model, BASE_LR)
     warmup = min(BASE_WARMUP, args.base_steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, args.base_steps))
-    began, losses = time.time(), []
-    for batch, batch_mask in progress(zip(tokens, mask), total=args.base_steps, desc="base model"):
-        loss = -token_logps(model(batch), batch, batch_mask).sum() / batch_mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
-    bad = (~torch.isfinite(torch.stack(losses))).nonzero()
-    if len(bad):
-        raise NonFiniteError(f"base model, step {bad[0].item() + 1}: loss {losses[bad[0]].item():g}")
-    save_model(model, path)
+    checkpoint = path.with_suffix(".checkpoint")
+    state, _ = (args.resume and load_checkpoint(checkpoint, model, optimizer)) or ({"step": 0, "seconds": 0.0}, None)
+    began, first, losses = time.time() - state["seconds"], state["step"], []
+    if first:
+        print(f"base model    resuming     {checkpoint} from step {first}")
+    bar = progress(total=args.base_steps, initial=first, desc="base model")
+    with bar, finishing_step() as interrupted:
+        for step in range(first, args.base_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = BASE_LR * warmup_cosine(step, warmup, args.base_steps)
+            loss = -token_logps(model(tokens[step]), tokens[step], mask[step]).sum() / mask[step].sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.detach())
+            bar.update()
+            done = step + 1
+            if interrupted or done % args.save_every == 0 or done == args.base_steps:
+                bad = (~torch.isfinite(torch.stack(losses))).nonzero()
+                if len(bad):
+                    at = bad[0].item()
+                    raise NonFiniteError(f"base model, step {first + at + 1}: loss {losses[at].item():g}")
+                if done < args.base_steps:
+                    state = {"step": done, "seconds": time.time() - began}
+                    save_checkpoint(checkpoint, model, optimizer, state, {})
+            if interrupted:
+                raise Interrupted(interrupted[0])
+    write_tensors(path, model.state_dict())
+    write_beside(path, settings)
+    checkpoint.unlink(missing_ok=True)
     print(f"base model    {time.time() - began:6.1f} s     {path}   last loss {loss.item():.3f} nats/token")
     return model
 
@@ -147,38 +148,41 @@ def draw_splits(args, seed, prompts):
 def rollouts(args, seed, model, problems, path):
     """`--rollouts` samples at temperature 1 for each training problem, verified: rows as in toy_math/rollouts.py.
 
-    What they are, and the seconds that they took, goes into a JSON file beside them.
+    And what they are, with the seconds that they took.
     """
-    if path.exists():
+    if facts := read_beside(path):
         print(f"rollouts      cached       {path}")
-        return read_rows(path)
+        return read_rows(path), facts
     began = time.time()
     bar = functools.partial(progress, desc="rollouts")
     samples = sample(model, problems, args.rollouts, 1.0, seeded(args.device, seed, "rollouts"), bar)
-    rows, seconds = rollout_rows(samples), time.time() - began
-    share = sum(row["label"] for row in rows) / len(rows)
-    write_json(path.with_suffix(".json"), {"sampling_seconds": seconds, "share_correct": share, **overlap(rows)})
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"rollouts      {seconds:6.1f} s     {path}   {len(rows)} rollouts, {share:.1%} correct")
-    return rows
+    # one that begins with BOS or PAD has no token to train on
+    rows = [row for row in rollout_rows(samples) if row["completion"] or row["finished"]]
+    seconds = time.time() - began
+    facts = {"sampling_seconds": seconds, "share_correct": sum(row["label"] for row in rows) / len(rows), **overlap(rows)}
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_beside(path, facts)
+    print(f"rollouts      {seconds:6.1f} s     {path}   {len(rows)} rollouts, {facts['share_correct']:.1%} correct")
+    return rows, facts
 
 
 @torch.no_grad()
 def reference_logits(args, model, tokens, start, path):
-    """The reference policy's logits (N, T - start, V), computed once: a training step then costs no reference forward."""
-    if path.exists():
+    """The reference policy's logits (N, T - start, V), computed once: a training step then costs no reference forward.
+
+    And the seconds that they took.
+    """
+    if facts := read_beside(path):
         print(f"reference     cached       {path}")
-        return load_file(path, device=args.device)["logits"]
+        return load_file(path, device=args.device)["logits"], facts
     began = time.time()
     batches = progress(tokens.split(512), desc="reference")
     logits = torch.cat([model(batch, start) for batch in batches])
-    seconds = time.time() - began
-    write_json(path.with_suffix(".json"), {"reference_seconds": seconds})
-    with replacing(path) as temporary:
-        save_file({"logits": logits}, temporary)
-    print(f"reference     {seconds:6.1f} s     {path}")
-    return logits
+    facts = {"reference_seconds": time.time() - began}
+    write_tensors(path, {"logits": logits})
+    write_beside(path, facts)
+    print(f"reference     {facts['reference_seconds']:6.1f} s     {path}")
+    return logits, facts
 
 
 def prepare(args, seed, prompts):
@@ -186,24 +190,24 @@ def prepare(args, seed, prompts):
 
     The data are tensors over N rollouts of T tokens: tokens and mask (N, T), ref_logits (N, T - start, V), and (N,) each
     length, ref_logp_sum, reward, problem_ids, clean (no step is wrong), and, over the rows of its problem, value (A*-PO's V*)
-    and mean_reward; and `measured`, what the stages' JSON files say.
-    Raises UserError where all rollouts are correct, or none is.
+    and mean_reward; `measured`, what the stages' JSON files say; and `key`, a name for all of it.
+    Raises UserError where all rollouts are correct, or none is, and what the stages raise.
     """
     train_problems, test_problems = draw_splits(args, seed, prompts)
     base_settings, rollout_settings = stage_settings(args, seed, prompts)
     cache = args.out / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
     base_path = cache / f"base-{digest(base_settings)}.safetensors"
-    base = base_model(args, seed, base_path)
-    write_json(base_path.with_suffix(".json"), base_settings)
+    base = base_model(args, seed, base_settings, base_path)
     rollouts_path = cache / f"rollouts-{digest(rollout_settings, base_path)}.jsonl"
-    rows = rollouts(args, seed, base, train_problems, rollouts_path)
+    rows, rollout_facts = rollouts(args, seed, base, train_problems, rollouts_path)
     if len({row["label"] for row in rows}) < 2:
         missing = "incorrect" if rows[0]["label"] else "correct"
         raise UserError(f"none of the {len(rows)} rollouts is {missing}: change --slip, --base-steps, --prompts or --rollouts")
     tokens, mask = (x.to(args.device) for x in pack(rows))
     start = len(rows[0]["prompt"])  # after BOS, the last prompt token: it predicts the first completion token
     reference_path = cache / f"reference-{digest(rollout_settings, base_path, rollouts_path)}.safetensors"
-    ref_logits = reference_logits(args, base, tokens, start, reference_path)
+    ref_logits, reference_facts = reference_logits(args, base, tokens, start, reference_path)
     data = {
         "tokens": tokens,
         "mask": mask,
@@ -217,7 +221,5 @@ def prepare(args, seed, prompts):
     }
     data["value"] = optimal_value(data["reward"], data["problem_ids"])
     data["mean_reward"] = prompt_mean(data["reward"], data["problem_ids"])
-    data["measured"] = {}
-    for path in (rollouts_path, reference_path):
-        data["measured"] |= json.loads(path.with_suffix(".json").read_text())
+    data |= {"measured": rollout_facts | reference_facts, "key": reference_path.stem}
     return base, data, train_problems, test_problems

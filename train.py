@@ -8,7 +8,6 @@ Left out against the paper: real checkpoints and benchmarks.
 """
 
 import contextlib
-import csv
 import io
 import itertools
 import math
@@ -24,22 +23,26 @@ import jobs
 import losses
 import plots
 import results
+from files import (
+    Interrupted,
+    NonFiniteError,
+    UserError,
+    finishing_step,
+    interruptible,
+    load_checkpoint,
+    locked,
+    one_line,
+    remove_leftovers,
+    save_checkpoint,
+    write_csv,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from losses import future_logits, token_logps
 from model import GPT
 from options import EVAL_SAMPLES, MONITORED, parse_args, run_settings
-from stages import (
-    CONFIG,
-    NonFiniteError,
-    UserError,
-    adamw,
-    completion_logps,
-    prepare,
-    progress,
-    replacing,
-    save_model,
-    seeded,
-    write_json,
-)  # fmt: skip
+from stages import CONFIG, adamw, completion_logps, prepare, progress, seeded
 from toy_math.rollouts import evaluate, pack, rollout_rows, sample, samples_text
 
 # Each takes a batch b of rows (tensors) and a run's settings s; grpo samples its own rows, in `grpo_step`.
@@ -61,7 +64,7 @@ LOSSES = {
 PAIRED = ("simper", "dpo", "rpo")
 COLUMNS = (
     "step loss grad_norm accuracy accuracy_greedy malformed logratio_correct logratio_incorrect pi_correct pi_incorrect "
-    "pihat_correct pihat_incorrect coefficient_correct coefficient_incorrect below_0.2_pi below_0.2_pihat seconds "
+    "pihat_correct pihat_incorrect coefficient_correct coefficient_incorrect below_0.2_pi below_0.2_pihat skipped seconds "
     "tokens_trained tokens_sampled"
 ).split()
 
@@ -146,12 +149,13 @@ def objective(batch, future_logp_sum, settings):
     return surrogate.sum() / len(values), coefficient
 
 
-def update(model, optimizer, loss):
-    """One optimizer step; returns the gradient's norm before it is clipped."""
+def update(model, optimizer, loss, may_skip):
+    """One optimizer step, none where it may be skipped and is not finite; returns the gradient's norm before clipping."""
     optimizer.zero_grad()
     loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    if not may_skip or torch.isfinite(loss + grad_norm):  # a device waits here only where it may be skipped
+        optimizer.step()
     return grad_norm
 
 
@@ -162,7 +166,7 @@ def statistics(loss, grad_norm, reward, weight, pi, pihat, tokens_trained, token
     return torch.stack([loss.detach(), grad_norm, *means, *below, tokens_trained, tokens_sampled])
 
 
-def training_step(model, optimizer, data, rows, settings):
+def training_step(model, optimizer, data, rows, settings, may_skip=False):
     """One offline step on some rows -> its `statistics`."""
     logp_sum, future_logp_sum = trajectory_logps(model, data, rows, settings["lam"])
     batch = {name: data[name][rows] for name in ("reward", "length", "value", "mean_reward")}
@@ -170,13 +174,13 @@ def training_step(model, optimizer, data, rows, settings):
     if settings["loss"] == "kto":
         batch["z0"] = kto_z0(model, data, rows)
     loss, coefficient = objective(batch, future_logp_sum, settings)
-    grad_norm = update(model, optimizer, loss)
+    grad_norm = update(model, optimizer, loss, may_skip)
     length = batch["length"]
     pi, pihat = ((value.detach() / length).exp() for value in (logp_sum, future_logp_sum))
     return statistics(loss, grad_norm, batch["reward"], coefficient * length, pi, pihat, length.sum(), torch.zeros_like(loss))
 
 
-def grpo_step(model, optimizer, problems, settings, generator):
+def grpo_step(model, optimizer, problems, settings, generator, may_skip=False):
     """One online step: sample a group for each problem from the present policy, verify, and update once -> `statistics`.
 
     One update a batch, so the ratio is 1 and its clipping never acts. With `dapo` the groups of one reward only are dropped,
@@ -194,7 +198,7 @@ def grpo_step(model, optimizer, problems, settings, generator):
     _, logps = completion_logps(model, tokens, mask, len(samples[0]["prompt"]))
     mask = mask[:, len(samples[0]["prompt"]) :]
     loss = losses.grpo(logps, logps.detach(), advantage, mask, token_level=settings["dapo"]).mean()
-    grad_norm = update(model, optimizer, loss)
+    grad_norm = update(model, optimizer, loss, may_skip)
     pi = (logps.detach().sum(-1) / mask.sum(-1)).exp()
     return statistics(loss, grad_norm, reward, advantage.abs(), pi, pi, mask.sum(), sampled)
 
@@ -215,95 +219,145 @@ def monitor(model, data, rows, lam):
     return {f"{name}_{g}": value[members].mean().item() for name, value in values.items() for g, members in groups.items()}
 
 
-def raise_if_not_finite(stats, problem_ids, first, folder):
-    """Look for a loss or gradient that is not finite among the steps since `first`, and name the first one's problems."""
-    bad = (~torch.isfinite(stats[first:, :2]).all(dim=1)).nonzero()
-    if len(bad):
-        step = first + bad[0].item()
+def raise_if_not_finite(stats, problem_ids, tolerated, folder):
+    """Name the first step whose loss or gradient is not finite, and its problems, where there are more than are tolerated."""
+    bad = (~torch.isfinite(stats[:, :2]).all(dim=1)).nonzero()[:, 0].tolist()
+    if len(bad) > tolerated:
+        step = bad[tolerated]
+        skipped = f"; {tolerated} such steps before it were skipped" if tolerated else ""
         raise NonFiniteError(
             f"step {step + 1}: loss {stats[step, 0]:g}, gradient norm {stats[step, 1]:g}; problem ids of its batch: "
-            f"{problem_ids[step].unique().tolist()}; the weights of step {first} are kept in {folder}"
+            f"{problem_ids[step].unique().tolist()}{skipped}; the last checkpoint, if there was one, is kept in {folder}"
         )
 
 
-def train_policy(args, settings, folder, base, data, train_problems, test_problems, title=""):
-    """Train one policy with one loss; writes config.json, log.csv, model.safetensors, samples.txt, and diagnostics.py's files.
+def log_row(step, stats, since, columns, sampled_before):
+    """A row of log.csv: columns measured now, and the statistics (step, 8) so far, means over the finite steps `since`."""
+    interval = stats[since:]
+    interval = interval[torch.isfinite(interval[:, :2]).all(dim=1)]
+    loss, grad_norm, coefficient_correct, coefficient_incorrect = interval[:, :4].nanmean(0).tolist()
+    below_pi, below_pihat, trained, sampled = stats[:, 4:].double().sum(0).long().tolist()
+    values = {"step": step, "loss": loss, "grad_norm": grad_norm, **columns}
+    values |= {"coefficient_correct": coefficient_correct, "coefficient_incorrect": coefficient_incorrect}
+    values |= {"below_0.2_pi": below_pi, "below_0.2_pihat": below_pihat}
+    values |= {"skipped": (~torch.isfinite(stats[:, :2]).all(dim=1)).sum().item()}
+    values |= {"tokens_trained": trained, "tokens_sampled": sampled_before + sampled}
+    return {name: values[name] for name in COLUMNS}
 
-    `title` opens each line that it prints.
-    """
-    loss_name, lam, seed, steps, batch_size = (settings[key] for key in ("loss", "lam", "seed", "steps", "batch_size"))
-    reward, measured = data["reward"], data["measured"]
-    data = {**data, "reference": base}
-    online, generator = loss_name == "grpo", seeded(args.device, seed, "online")
-    if online:
+
+def orders(settings, data, train_problems):
+    """What each step is trained on (steps, …), row numbers, or problem numbers for grpo; and the problem ids of each step's."""
+    loss, seed, steps, batch_size = (settings[key] for key in ("loss", "seed", "steps", "batch_size"))
+    if loss == "grpo":
         order = problem_order(len(train_problems), steps, batch_size // settings["rollouts"], seed)
-    elif loss_name in PAIRED:
-        order = pair_order(reward, data["problem_ids"], steps, batch_size, seed).to(args.device)
+        return order, order
+    if loss in PAIRED:
+        order = pair_order(data["reward"], data["problem_ids"], steps, batch_size, seed)
     else:
-        order = batch_order(reward, steps, batch_size, seed).to(args.device)
-    batch_problems = order if online else data["problem_ids"][order]
+        order = batch_order(data["reward"], steps, batch_size, seed)
+    order = order.to(data["reward"].device)
+    return order, data["problem_ids"][order]
+
+
+def resume(args, checkpoint, model, optimizer, generator, data, steps):
+    """Fill model, optimizer and generator from a checkpoint of the same data, if there is one.
+
+    Returns what else it holds, or a beginning: the state, as JSON holds it, the statistics of each step (steps, 8), and
+    diagnostics.py's snapshots. Raises UserError.
+    """
+    state = {"step": 0, "seconds": 0.0, "log": [], "tables": {}, "data": data["key"], "diagnostics": args.diagnostics}
+    stats, snapshots = torch.zeros(steps, 8, device=args.device), {}
+    same = {name: state[name] for name in ("data", "diagnostics")}
+    if saved := load_checkpoint(checkpoint, model, optimizer, **same):
+        state, tensors = saved
+        stats.copy_(tensors["stats"])
+        generator.set_state(tensors["generator"])
+        snapshots = {int(name.removeprefix("at.")): x.to(args.device) for name, x in tensors.items() if name.startswith("at.")}
+    return state, stats, snapshots
+
+
+def train_policy(args, settings, folder, base, data, train_problems, test_problems, title=""):
+    """Train one policy with one loss, from its last checkpoint where it was interrupted.
+
+    Writes config.json, log.csv, model.safetensors, samples.txt, and diagnostics.py's files; `title` opens each line that it
+    prints. Raises UserError, NonFiniteError, and Interrupted once its checkpoint is saved.
+    """
+    lam, seed, steps = (settings[key] for key in ("lam", "seed", "steps"))
+    reward, measured, online = data["reward"], data["measured"], settings["loss"] == "grpo"
+    data = {**data, "reference": base}
+    generator = seeded(args.device, seed, "online")
+    order, problem_ids = orders(settings, data, train_problems)
     # the first rows of the rows' own order, so that they are fixed and among those trained on soonest
     monitored = batch_order(reward, 1, 2 * MONITORED, seed)[0].unique().to(args.device)
     model = GPT(CONFIG).to(args.device)
     model.load_state_dict(base.state_dict())
     optimizer = adamw(model, settings["lr"])
-
-    observe = None
     if args.diagnostics:
         pairs = pair_order(reward, data["problem_ids"], 1, 2 * diagnostics.PAIRS, seed).view(2, -1).T
-        observe = diagnostics.observer(model, data, pairs.to(args.device), lam, folder)
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "samples.txt").unlink(missing_ok=True)
+    checkpoint, samples_path = folder / "checkpoint.safetensors", folder / "samples.txt"
+    if not args.resume or samples_path.exists():  # the last file of a finished run
+        checkpoint.unlink(missing_ok=True)
+        samples_path.unlink(missing_ok=True)
+    state, stats, snapshots = resume(args, checkpoint, model, optimizer, generator, data, steps)
+    first, resumed = state["step"], state["step"] > 0
+    if resumed:
+        print(f"{title}resuming from step {first}")
+    elif not online:
+        state["seconds"] = measured["sampling_seconds"] + measured["reference_seconds"]
+    observe = None
+    if args.diagnostics:
+        observe = diagnostics.observer(model, data, pairs.to(args.device), lam, folder, snapshots, state["tables"])
     environment = {"device": args.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
     write_json(folder / "config.json", {**settings, "measured": measured, "environment": environment})
 
-    stats = torch.zeros(steps, 8, device=args.device)  # read at evaluations only: a device need not wait at every step
-    seconds_before = 0.0 if online else measured["sampling_seconds"] + measured["reference_seconds"]
-    sampled_before = 0 if online else data["length"].sum().item()
-    began, not_training, logged = time.time(), 0.0, 0
-    bar = progress(total=steps, desc=folder.name)
-    with bar, open(folder / "log.csv", "w", newline="") as file:
-        log = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        log.writeheader()
-        for step in range(steps + 1):
-            evaluating = step % args.eval_every == 0 or step == steps
-            paused = time.time()
-            if evaluating:
-                so_far = stats[:step].cpu()  # waits for the device, so that `seconds` is the training's time
+    began, not_training = time.time(), 0.0
+    bar = progress(total=steps, initial=first, desc=folder.name)
+    with bar, finishing_step() as interrupted:
+        for step in range(first, steps + 1):
+            paused, stopping = time.time(), bool(interrupted) and step < steps
+            new = step > first or not resumed  # a checkpoint comes last at its step
+            evaluating = new and (step % args.eval_every == 0 or step == steps)
+            saving = new and 0 < step < steps and (stopping or step % args.save_every == 0)
+            if evaluating or saving:  # the statistics are read here only: a device need not wait at every step
+                so_far = stats[:step].cpu()
                 paused = time.time()
-                raise_if_not_finite(so_far, batch_problems, logged, folder)
+                raise_if_not_finite(so_far, problem_ids, args.skip_nonfinite, folder)
+                seconds = state["seconds"] + paused - began - not_training
+            if evaluating:
                 accuracies, samples = evaluate(
                     model, test_problems, EVAL_SAMPLES, args.eval_temperature, seeded(args.device, seed, "evaluation", step)
                 )
-                loss, grad_norm, *coefficients = so_far[logged:, :4].nanmean(0).tolist()
-                below_pi, below_pihat, trained, sampled = so_far[:, 4:].double().sum(0).long().tolist()
-                row = {"step": step, "loss": loss, "grad_norm": grad_norm, **accuracies}
-                row |= monitor(model, data, monitored, lam)
-                row |= dict(zip(("coefficient_correct", "coefficient_incorrect"), coefficients))
-                row |= {"below_0.2_pi": below_pi, "below_0.2_pihat": below_pihat}
-                row |= {"seconds": seconds_before + paused - began - not_training}
-                row |= {"tokens_trained": trained, "tokens_sampled": sampled_before + sampled}
-                log.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-                file.flush()
-                save_model(model, folder / "model.safetensors")
-                eta = (time.time() - began) * (steps / step - 1) if step else math.nan
-                tqdm.write(title + progress_line(row, steps, eta))
-                logged = step
-            if observe:
+                columns = {**accuracies, **monitor(model, data, monitored, lam), "seconds": seconds}
+                since = state["log"][-1]["step"] if state["log"] else 0
+                state["log"].append(log_row(step, so_far, since, columns, 0 if online else data["length"].sum().item()))
+                write_csv(folder / "log.csv", state["log"])
+                eta = (time.time() - began) / (step - first) * (steps - step) if step > first else math.nan
+                tqdm.write(title + progress_line(state["log"][-1], steps, eta))
+            if observe and new:
                 observe(step, evaluating)
+            if saving:
+                tensors = {"stats": stats, "generator": generator.get_state(), **{f"at.{t}": x for t, x in snapshots.items()}}
+                save_checkpoint(checkpoint, model, optimizer, {**state, "step": step, "seconds": seconds}, tensors)
             not_training += time.time() - paused
+            if stopping:
+                raise Interrupted(interrupted[0])
             if step == steps:
                 break
 
+            may_skip = args.skip_nonfinite > 0
             if online:
                 problems = [train_problems[i] for i in order[step].tolist()]
-                stats[step] = grpo_step(model, optimizer, problems, settings, generator)
+                stats[step] = grpo_step(model, optimizer, problems, settings, generator, may_skip)
             else:
-                stats[step] = training_step(model, optimizer, data, order[step], settings)
+                stats[step] = training_step(model, optimizer, data, order[step], settings, may_skip)
             bar.update()
-    with replacing(folder / "samples.txt") as temporary:
-        temporary.write_text(samples_text(samples))
+    write_tensors(folder / "model.safetensors", model.state_dict())
+    write_text(samples_path, samples_text(samples))
+    checkpoint.unlink(missing_ok=True)
+    if interrupted:
+        raise Interrupted(interrupted[0])
 
 
 def progress_line(row, steps, eta):
@@ -322,10 +376,11 @@ def progress_line(row, steps, eta):
 def is_finished(args, folder):
     """Whether a run's config and log are whole, its samples, which are written last, there, and diagnostics, if asked for."""
     try:
-        results.read_run(folder)
-    except (ValueError, results.VersionError):
+        run = results.read_run(folder)
+        measured = not args.diagnostics or results.read_csv(folder / "entanglement.csv")["step"][-1] == run.config["steps"]
+    except (ValueError, OSError, results.VersionError):
         return False
-    return (folder / "samples.txt").exists() and (not args.diagnostics or (folder / "entanglement.csv").exists())
+    return measured and (folder / "samples.txt").exists()
 
 
 def cache_stages(args, seed, all_prompts):
@@ -366,9 +421,14 @@ def train_together(args, todo, count):
 
 
 def main(args):
-    """Every run that the flags ask for, seed by seed, then their summary and figures. Raises UserError, NonFiniteError."""
+    """Every run that the flags ask for, seed by seed, then their summary and figures.
+
+    Raises UserError, NonFiniteError, Interrupted.
+    """
     began = time.time()
-    args.out.mkdir(parents=True, exist_ok=True)
+    cache = args.out / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(args.out)
     runs = run_settings(args)
     finished = [name for name in runs if is_finished(args, args.out / name) and not args.force]
     for name in finished:
@@ -376,16 +436,21 @@ def main(args):
     todo = {name: settings for name, settings in runs.items() if name not in finished}
     # from all runs, so that the last ones of an interrupted command have the threads that they would have had
     count = min(args.jobs or (torch.get_num_threads() if args.device == "cpu" else 1), len(runs))
-    if count > 1 and todo:
-        train_together(args, todo, count)
-    else:
-        for (seed, prompts), names in itertools.groupby(todo, key=lambda name: (todo[name]["seed"], todo[name]["prompts"])):
-            prepared = prepare(args, seed, prompts)
-            for name in names:
-                print(f"\ntraining      {args.out / name}")
-                train_policy(args, todo[name], args.out / name, *prepared)
-                print((args.out / name / "samples.txt").read_text())
+    with contextlib.ExitStack() as locks:
+        for name in todo:
+            locks.enter_context(locked(cache / f"{name}.lock", args.out / name))
+        if count > 1 and todo:
+            train_together(args, todo, count)
+        else:
+            for (seed, prompts), names in itertools.groupby(todo, key=lambda x: (todo[x]["seed"], todo[x]["prompts"])):
+                prepared = prepare(args, seed, prompts)
+                for name in names:
+                    print(f"\ntraining      {args.out / name}")
+                    train_policy(args, todo[name], args.out / name, *prepared)
+                    print((args.out / name / "samples.txt").read_text())
     trained = results.read_runs([args.out / name for name in runs])
+    if len(trained) < len(runs):
+        raise UserError(f"{args.out}: {len(runs) - len(trained)} of {len(runs)} runs are gone or damaged, as said above")
     print(results.summary(trained))
     plots.draw_figures(trained, args.out / "figures")
     minutes, seconds = divmod(int(time.time() - began), 60)
@@ -396,18 +461,19 @@ def run(argv=None):
     """The command: parse, train, and turn what goes wrong into one line and an exit code."""
     args = parse_args(argv)
     try:
-        if args.explain:
-            from explain import explain  # which imports this file
+        with interruptible():
+            if args.explain:
+                from explain import explain  # which imports this file
 
-            explain(args)
-        else:
-            main(args)
-    except KeyboardInterrupt:
-        kept = f"finished stages and runs, and the weights and log of the last evaluation, are kept in {args.out}"
-        print(f"interrupted: {kept}; the same command reuses what is finished", file=sys.stderr)
-        sys.exit(130)
-    except (UserError, NonFiniteError, OSError, BrokenProcessPool) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+                explain(args)
+            else:
+                main(args)
+    except Interrupted as signalled:
+        kept = f"finished stages and runs, and checkpoints of the others, are kept in {args.out}"
+        print(f"interrupted: {kept}; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + signalled.args[0])
+    except (UserError, NonFiniteError, OSError, BrokenProcessPool, torch.OutOfMemoryError) as error:
+        print(f"train.py: error: {one_line(error, args.out)}", file=sys.stderr)
         sys.exit(3 if isinstance(error, NonFiniteError) else 2)
 
 

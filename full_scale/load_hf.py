@@ -6,10 +6,12 @@ Architectures: Llama (Llama 2 and 3, DeepSeekMath), Qwen2, Qwen3. Pickle checkpo
 run any code. Left out: quantised checkpoints, sliding windows, other rotary scalings than Llama 3's.
 """
 
+import dataclasses
 import datetime
 import hashlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -23,9 +25,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from files import Interrupted, UserError, checksum, interruptible, read_json, replacing, shown, write_json
 from model import GPT, GPTConfig
 from options import command_line, count
-from stages import UserError, replacing, write_json
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 INDEX = "model.safetensors.index.json"
@@ -43,26 +45,16 @@ PROMPT = "Please reason step by step, and put your final answer within \\boxed{}
 # --- config.json
 
 
-def read_json(path):
-    """A JSON file's object. Raises UserError that names the file."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error.strerror if isinstance(error, OSError) else f'not JSON: {error}'}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
-
-
 def gpt_config(raw, path):
-    """GPTConfig of a published config.json's object. Raises UserError on what model.py does not compute."""
+    """GPTConfig of a published config.json's object. Raises UserError on what model.py does not compute, or no memory holds."""
     architecture = raw.get("architectures") or ["none"]
     architecture = architecture[0] if isinstance(architecture, list) else architecture
     if architecture not in ARCHITECTURES:
-        raise UserError(f"{path}: architecture {architecture} is not supported, only {', '.join(ARCHITECTURES)}")
+        raise UserError(f"{path}: architecture {shown(architecture)} is not supported, only {', '.join(ARCHITECTURES)}")
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise UserError(f"{path}: {name} is {shown(raw[name])}, not an object")
     rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters is {json.dumps(rope)}, not an object")
     rope = {"rope_theta": 10_000.0, **{name: value for name, value in rope.items() if value is not None}}
     kind = rope.get("rope_type", rope.get("type", "default"))
     refused = {
@@ -82,15 +74,15 @@ def gpt_config(raw, path):
     values = {name: raw.get(name) for name in sizes} | {name: raw[name] for name in optional if raw.get(name) is not None}
     for name, value in values.items():
         if type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{path}: {name} is {json.dumps(value)}, not a whole number of at least 1")
+            raise UserError(f"{path}: {name} is {shown(value)}, not a whole number of at least 1")
     numbers = {"rms_norm_eps": raw.get("rms_norm_eps"), **{name: rope.get(name) for name in ["rope_theta", *scaling]}}
     for name, value in numbers.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise UserError(f"{path}: {name} is {json.dumps(value)}, not a number above 0")
+            raise UserError(f"{path}: {name} is {shown(value)}, not a number above 0")
     heads, width = values["num_attention_heads"], values["hidden_size"]
     own_head_dim = values.get("head_dim", width / heads) != width / heads
     try:
-        return GPTConfig(
+        config = GPTConfig(
             vocab_size=values["vocab_size"],
             d_model=width,
             n_layers=values["num_hidden_layers"],
@@ -105,8 +97,25 @@ def gpt_config(raw, path):
             qk_norm=architecture == "Qwen3ForCausalLM" or None,
             rope_scaling=tuple(numbers[name] for name in scaling) or None,
         )
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        needed = 4 * parameter_total(config)
+    except (ValueError, RuntimeError) as error:  # the latter: sizes whose product is no 64-bit number
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    if needed > (memory := memory_of_machine()):
+        gib = [f"{size / 2**30:,.0f} GiB" for size in (needed, memory)]
+        raise UserError(f"{path}: weights of these sizes take {gib[0]} in fp32, and this machine has {gib[1]}")
+    return config
+
+
+def parameter_total(config):
+    """Parameters of a config, from models of one and two layers: no number in a stranger's file makes work or takes memory."""
+    one, two = (parameter_count(empty_model(dataclasses.replace(config, n_layers=layers))) for layers in (1, 2))
+    return one + (config.n_layers - 1) * (two - one)
+
+
+def memory_of_machine():
+    """Bytes of main memory and of all GPUs."""
+    gpus = sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    return gpus + os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # --- weights
@@ -130,8 +139,10 @@ def weight_files(folder):
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise UserError(f"{folder / INDEX}: no weight_map from tensors to files")
         for tensor, name in names.items():
-            if name in ("", ".", "..") or Path(name).name != name:
+            if Path(name).name != name:
                 raise UserError(f"{folder / INDEX}: tensor {tensor} is in {name!r}, outside the folder")
+            if not name.endswith(".safetensors"):
+                raise UserError(f"{folder / INDEX}: tensor {tensor} is in {name!r}, which is not a safetensors file")
         files = [folder / name for name in sorted(set(names.values()))]
     else:
         files = [folder / "model.safetensors"]
@@ -155,7 +166,7 @@ def find_tensors(folder, model):
             with safe_open(path, "pt") as file:
                 headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 headers = {name: (header.get_shape(), header.get_dtype()) for name, header in headers.items()}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last: a file larger than can be mapped
             raise UserError(f"{path}: not a whole safetensors file: {error}") from None
         for published, (shape, dtype) in headers.items():
             tied_copy = model.config.tied_head and published == "lm_head.weight"
@@ -198,11 +209,23 @@ def fill(model, places):
 def fetch(name_or_folder):
     """The folder itself, or that of a hub name's files, downloaded once. Raises UserError."""
     if Path(name_or_folder).is_dir():
-        return Path(name_or_folder)
+        return without_links_out(Path(name_or_folder))
     try:
-        return Path(snapshot_download(str(name_or_folder), allow_patterns=PUBLISHED))
+        return without_links_out(Path(snapshot_download(str(name_or_folder), allow_patterns=PUBLISHED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{name_or_folder}: no such folder, nor from the hub: {str(error).splitlines()[0]}") from None
+
+
+def without_links_out(folder):
+    """The folder. Raises UserError where what is read is no file, or a link out of it, in the hub's cache out of its blobs."""
+    root = folder.resolve()
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for path in (path for pattern in PUBLISHED for path in folder.glob(pattern)):
+        if not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise UserError(f"{path}: a link out of the folder, to {path.resolve()}")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a file")
+    return folder
 
 
 def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu"):
@@ -218,10 +241,7 @@ def load_pretrained(name_or_folder, dtype=torch.float32, device="cpu"):
 
 def checkpoint_key(folder):
     """A digest of a checkpoint's config.json and weights, all of them: a few seconds a GB at worst."""
-    paths, digests = [folder / "config.json", *weight_files(folder)], []
-    for path in paths:
-        with open(path, "rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    digests = [checksum(path) for path in (folder / "config.json", *weight_files(folder))]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
@@ -232,6 +252,7 @@ def save_pretrained(model, folder, dtype=None):
     Of a model sharded over processes each must call this; the first one writes, a tensor at a time.
     """
     folder, source = Path(folder), model.folder
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(model.named_parameters())
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     dtype = dtype or next(iter(tensors.values())).dtype
@@ -304,11 +325,14 @@ class ChatTokenizer:
         if not self.stops:
             raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json, no eos_token")
         self.eos = ids[0] if own is None else own
-        template = folder / "chat_template.jinja"
-        template = template.read_text() if template.exists() else config.get("chat_template")
-        if isinstance(template, list):  # several, each with a name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        self.template = compiled(template) if template else None
+        path = folder / "chat_template.jinja"
+        try:
+            template = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
+            if isinstance(template, list):  # several, each with a name
+                template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            self.template = compiled(template) if template else None
+        except (OSError, ValueError, TypeError, KeyError, jinja2.TemplateError) as error:
+            raise UserError(f"{folder}: the chat template: {error}") from None
 
     def encode(self, text, special=True):
         """Token ids; with the tokens that the tokenizer puts around a text, unless `special` is off or the text has its BOS."""
@@ -346,10 +370,7 @@ def compiled(template):
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template: {error}") from None
+    return environment.from_string(template)
 
 
 # --- what it takes
@@ -401,20 +422,22 @@ def run(argv=None):
     parser.add_argument("--tokens", default=64, type=count, metavar="N", help="at most so many of them")
     args = parser.parse_args(argv)
     try:
-        folder = fetch(args.name)
-        raw = read_json(folder / "config.json")
-        print(describe(args.name, folder, raw, empty_model(gpt_config(raw, folder / "config.json"))))
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load_pretrained(folder, torch.float32 if device == "cpu" else torch.bfloat16, device)
-        prompt = torch.tensor([tokenizer.encode(tokenizer.ask(args.prompt))], device=device)
-        stops = torch.tensor(sorted(tokenizer.stops), device=device)
-        answer = model.generate(prompt, args.tokens, stops, tokenizer.eos, temperature=0)[0].tolist()
-        print(f"\n{args.prompt}\n  {tokenizer.decode(answer).strip()}")
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        with interruptible():
+            folder = fetch(args.name)
+            raw = read_json(folder / "config.json")
+            print(describe(args.name, folder, raw, empty_model(gpt_config(raw, folder / "config.json"))))
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model, tokenizer = load_pretrained(folder, torch.float32 if device == "cpu" else torch.bfloat16, device)
+            prompt = torch.tensor([tokenizer.encode(tokenizer.ask(args.prompt))], device=device)
+            stops = torch.tensor(sorted(tokenizer.stops), device=device)
+            answer = model.generate(prompt, args.tokens, stops, tokenizer.eos, temperature=0)[0].tolist()
+            print(f"\n{args.prompt}\n  {tokenizer.decode(answer).strip()}")
+    except (UserError, torch.OutOfMemoryError) as error:
+        print(f"{parser.prog}: error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except Interrupted as signalled:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(128 + signalled.args[0])
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 from math_verify import parse, verify
 
+from files import Interrupted, UserError, field, interruptible, locked, one_line, read_json, read_lines, shown, write_json
 from options import NO_DEFAULT, command_line, count, natural, not_negative
-from stages import UserError, digest, progress, write_json
+from stages import digest, progress
 
-from .load_hf import ChatTokenizer, checkpoint_key, fetch, load_pretrained, read_json
+from .load_hf import ChatTokenizer, checkpoint_key, fetch, load_pretrained
 
 AT_ONCE = 64  # sequences that model.py samples together
 
@@ -36,83 +37,65 @@ AT_ONCE = 64  # sequences that model.py samples together
 # --- lines
 
 
-def read_lines(path):
-    """[(line number, object)] of a file of JSON lines, blank ones left out. Raises UserError that names file and line."""
-    lines = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, text in enumerate(file, start=1):
-                if text.strip():
-                    value = json.loads(text)
-                    if not isinstance(value, dict):
-                        raise UserError(f"{path}, line {number}: not a JSON object")
-                    lines.append((number, value))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}" if isinstance(error, UnicodeError) else f"{path}, line {number}: {error}") from None
-    if not lines:
-        raise UserError(f"{path}: empty")
-    return lines
-
-
-def message_text(value, tokenizer, role):
+def message_text(line, name, tokenizer):
     """A prompt or completion as text: as it is, or, of a list of messages, by the chat template or the answer's content."""
+    if name not in line:
+        raise ValueError(f"no {name}")
+    value, asked = line[name], name == "prompt"
     if isinstance(value, str):
         return value
     messages = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
     texts = messages and all(isinstance(message.get(key), str) for message in value for key in ("role", "content"))
-    if not texts or (role == "assistant" and len(value) > 1):
-        raise ValueError("neither a text nor a list of messages" if role == "user" else "neither a text nor one message")
-    return tokenizer.render(value) if role == "user" else value[0]["content"]
+    if not texts or (not asked and len(value) > 1):
+        raise ValueError(f"{name} is {shown(value)}, neither a text nor {'a list of messages' if asked else 'one message'}")
+    try:
+        return tokenizer.render(value) if asked else value[0]["content"]
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
-def read_rollouts(path, tokenizer):
-    """A file of rollouts -> [{"line", "prompt", "completion", "label", "finished", "problem_id"}], texts rendered.
-
-    TRL's unpaired lines (prompt, completion, label) or its paired ones (prompt, chosen, rejected), which become two rows.
-    Rows of the same prompt are of the same problem. Raises UserError that names the file and the line.
-    """
-    rows, ids = [], {}
-    for number, line in read_lines(path):
-        pair = "chosen" in line
-        try:
-            prompt = message_text(line["prompt"], tokenizer, "user")
-            answers = [("chosen", True), ("rejected", False)] if pair else [("completion", line["label"])]
-            for name, label in answers:
-                if not isinstance(label, bool):
-                    raise ValueError(f"label is {json.dumps(label)}, neither true nor false")
-                completion = message_text(line[name], tokenizer, "assistant")
-                finished = line.get("finished", True)
-                if not isinstance(finished, bool):
-                    raise ValueError(f"finished is {json.dumps(finished)}, neither true nor false")
-                if not completion and line.get("finished") is not True:  # as written below, it is an end at once
-                    raise ValueError(f"{name} is empty")
-                row = {"line": number, "prompt": prompt, "completion": completion, "label": label, "finished": finished}
-                rows.append({**row, "problem_id": ids.setdefault(prompt, len(ids))})
-        except KeyError as error:
-            raise UserError(f"{path}, line {number}: no {error.args[0]}") from None
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
+def rollouts_of(line, tokenizer):
+    """A line's object -> its rows {"prompt", "completion", "label", "finished"}, a pair's are two. Raises ValueError."""
+    prompt, rows = message_text(line, "prompt", tokenizer), []
+    for name in ("chosen", "rejected") if "chosen" in line else ("completion",):
+        completion = message_text(line, name, tokenizer)
+        label = field(line, "label", bool) if name == "completion" else name == "chosen"
+        finished = field(line, "finished", bool) if "finished" in line else True
+        if not completion and line.get("finished") is not True:  # as written below, it is an end at once
+            raise ValueError(f"{name} is empty")
+        rows.append({"prompt": prompt, "completion": completion, "label": label, "finished": finished})
     return rows
 
 
-def read_problems(path, fields=("problem", "answer")):
-    """A problems file -> [(problem, gold answer)], by the names of its two fields. Raises UserError."""
-    problems = []
-    for number, line in read_lines(path):
+def read_rollouts(path, tokenizer, tokenized=lambda row: row, **words):
+    """A file of rollouts -> [{"prompt", "completion", "label", "finished", "problem_id"}], texts rendered.
+
+    TRL's unpaired lines (prompt, completion, label) or its paired ones (prompt, chosen, rejected), which become two rows.
+    Rows of the same prompt are of the same problem. `tokenized` may add to a row, or refuse it by ValueError; `words` are those
+    of files.read_lines. Raises UserError that names the file and its bad lines.
+    """
+    ids = {}
+    lines = read_lines(path, lambda line: [tokenized(row) for row in rollouts_of(line, tokenizer)], **words)
+    return [{**row, "problem_id": ids.setdefault(row["prompt"], len(ids))} for rows in lines for row in rows]
+
+
+def read_problems(path, fields=("problem", "answer"), **words):
+    """A problems file -> [(problem, gold answer)], by the names of its two fields. Raises UserError: its bad lines."""
+
+    def parse(line):
         values = []
-        for field in fields:
-            if field not in line:
-                raise UserError(f"{path}, line {number}: no {field}, only {', '.join(line)}: map the fields by --fields")
-            value = line[field]
+        for name in fields:
+            if name not in line:
+                raise ValueError(f"no {name}, only {', '.join(line)[:60]}: map the fields by --fields")
+            value = line[name]
             value = value[0] if isinstance(value, list) and len(value) == 1 else value  # OlympiadBench
             if isinstance(value, (list, dict)) or value is None or not str(value).strip():
-                raise UserError(f"{path}, line {number}: {field} is {json.dumps(value)[:60]}, not a text or a number")
+                raise ValueError(f"{name} is {shown(value)}, not a text or a number")
             values.append(str(value))
         problem, answer = values
-        problems.append((problem, answer.rsplit("####", 1)[-1].strip()))  # GSM8K's answer ends its solution
-    return problems
+        return problem, answer.rsplit("####", 1)[-1].strip()  # GSM8K's answer ends its solution
+
+    return read_lines(path, parse, **words)
 
 
 def final_answer(completion):
@@ -183,12 +166,19 @@ def vllm_sampler(args, folder):
     return sample, tokenizer
 
 
+def sampled_row(row):
+    """A line that is there already. Raises ValueError where it is not as written below."""
+    for name, kind in (("prompt", str), ("completion", str), ("label", bool), ("problem_id", int), ("finished", bool)):
+        field(row, name, kind)
+    return row
+
+
 def sample_problems(args):
     """Sample until `args.out` holds args.n verified rollouts of every problem, going on where it stopped -> its rows.
 
     Raises UserError, also where the file was made with other settings, which are kept beside it.
     """
-    problems = read_problems(args.problems, args.fields)
+    problems = read_problems(args.problems, args.fields, skip_bad=args.skip_bad_lines)
     settings = {key: getattr(args, key) for key in ("model", "n", "temperature", "max_tokens", "seed")}
     settings |= {"problems": digest(problems), "checkpoint": checkpoint_key(fetch(args.model))}
     beside, rows = args.out.with_name(args.out.name + ".json"), []
@@ -197,7 +187,7 @@ def sample_problems(args):
             raise UserError(f"{args.out} was made with other settings or problems: name another --out, or remove it")
         whole = args.out.read_bytes().rpartition(b"\n")[0]
         os.truncate(args.out, len(whole) + bool(whole))  # a line torn by an interruption is sampled again
-        rows = [row for _, row in read_lines(args.out)] if whole else []
+        rows = read_lines(args.out, sampled_row) if whole else []
     have = collections.Counter(row["problem_id"] for row in rows)
     todo = [i for i in range(len(problems)) if have[i] < args.n]
     if rows:
@@ -236,6 +226,7 @@ def add_flags(parser, n, temperature):
     add("--gpus", default=1, type=count, metavar="N", help="that vLLM spreads the model over; model.py takes one")
     add("--at-once", default=64, type=count, metavar="N", help="problems sampled before their lines are written")
     add("--seed", default=0, type=natural, metavar="N", help="of the sampling")
+    add("--skip-bad-lines", action="store_true", help="go on without the problems' bad lines")
 
 
 def run(argv=None, parser=None, n=8, temperature=1.0, report=None):
@@ -249,17 +240,18 @@ def run(argv=None, parser=None, n=8, temperature=1.0, report=None):
     args = parser.parse_args(argv)
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        rows = sample_problems(args)
+        with interruptible(), locked(args.out.with_name(f"{args.out.name}.lock"), args.out):
+            rows = sample_problems(args)
         correct, finished = (sum(row[name] for row in rows) / len(rows) for name in ("label", "finished"))
         print(f"{args.out}: {len(rows)} rollouts, {correct:.1%} correct, {finished:.1%} finished")
         if report:
             print(report(rows))
-    except (UserError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        print(f"{parser.prog}: error: {one_line(error, args.out)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except Interrupted as signalled:
         print(f"interrupted: {args.out} keeps what is sampled; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + signalled.args[0])
 
 
 if __name__ == "__main__":

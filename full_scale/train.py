@@ -11,7 +11,6 @@ Left out: grpo, which samples at every step; packing of several rows into one (b
 
 import argparse
 import contextlib
-import csv
 import functools
 import hashlib
 import math
@@ -25,13 +24,32 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from files import (
+    Interrupted,
+    NonFiniteError,
+    UserError,
+    finishing_step,
+    interruptible,
+    locked,
+    one_line,
+    read_beside,
+    read_json,
+    set_updates,
+    training_tensors,
+    updates,
+    write_beside,
+    write_csv,
+    write_json,
+    write_tensors,
+)
 from losses import future_logits, optimal_value, prompt_mean
 from options import (
     NO_DEFAULT,
@@ -45,7 +63,7 @@ from options import (
     positive,
 )
 from results import FORMAT
-from stages import NonFiniteError, UserError, adamw, digest, progress, replacing, warmup_cosine, write_json
+from stages import adamw, digest, progress, warmup_cosine
 from train import COLUMNS, PAIRED, batch_order, objective, pair_order
 
 from .load_hf import (
@@ -56,7 +74,6 @@ from .load_hf import (
     fill,
     find_tensors,
     gpt_config,
-    read_json,
     save_pretrained,
 )  # fmt: skip
 from .rollouts import read_rollouts
@@ -136,32 +153,28 @@ def row_sums(values, mask):
 
 def read_data(args, tokenizer):
     """The rollouts as token ids and the toy's tensors (N,) over rows. Raises UserError."""
-    tokens, prompt_length, kept, long = [], [], [], 0
     encoded = functools.cache(tokenizer.encode)  # prompts repeat
-    for row in read_rollouts(args.data, tokenizer):
+
+    def tokenized(row):
         prompt, completion = encoded(row["prompt"]), tokenizer.encode(row["completion"], special=False)
         if not prompt:
-            raise UserError(
-                f"{args.data}, line {row['line']}: a prompt of no token, so that none predicts the first answer token"
-            )
+            raise ValueError("a prompt of no token, so that none predicts the first answer token")
         if row["finished"] and not (completion and completion[-1] in tokenizer.stops):
             completion.append(tokenizer.eos)
         if len(prompt) + len(completion) > args.max_length:
-            long += 1
-            continue
-        tokens.append(torch.tensor(prompt + completion))
-        prompt_length.append(len(prompt))
-        kept.append(row)
-    if long:
-        say(f"{args.data}: {long} rows longer than --max-length {args.max_length} are left out, {len(kept)} stay")
-    if len({row["label"] for row in kept}) < 2:
-        raise UserError(f"{args.data}: needs correct and incorrect rows, and has {len(kept)} of one kind only")
+            raise ValueError(f"{len(prompt) + len(completion)} tokens, more than --max-length {args.max_length}")
+        return {**row, "tokens": torch.tensor(prompt + completion), "prompt_length": len(prompt)}
+
+    rows = read_rollouts(args.data, tokenizer, tokenized, skip_bad=args.skip_bad_lines, say=say)
+    if len({row["label"] for row in rows}) < 2:
+        raise UserError(f"{args.data}: needs correct and incorrect rows, and has {len(rows)} of one kind only")
+    tokens, prompt_length = ([row[name] for row in rows] for name in ("tokens", "prompt_length"))
     data = {
         "tokens": tokens,
         "prompt_length": torch.tensor(prompt_length),
         "length": torch.tensor([len(ids) for ids in tokens]) - torch.tensor(prompt_length),
-        "reward": torch.tensor([1.0 if row["label"] else -1.0 for row in kept]),
-        "problem_ids": torch.tensor([row["problem_id"] for row in kept]),
+        "reward": torch.tensor([1.0 if row["label"] else -1.0 for row in rows]),
+        "problem_ids": torch.tensor([row["problem_id"] for row in rows]),
     }
     ids = data["problem_ids"].unique(return_inverse=True)[1]
     data["value"], data["mean_reward"] = optimal_value(data["reward"], ids), prompt_mean(data["reward"], ids)
@@ -264,6 +277,15 @@ def build(args, folder, mesh):
 # --- the reference policy
 
 
+def read_cache(folder):
+    """Whether the reference's files are there, and whole. Raises UserError where one is damaged or gone."""
+    facts = read_beside(folder / "sums.safetensors")
+    for name in facts["files"] if facts else ():
+        if read_beside(folder / name) is None:
+            raise UserError(f"{folder / name}: gone; remove {folder} to make it anew")
+    return facts is not None
+
+
 class Reference:
     """The reference policy: every row's logp_sum, its output head, and its hidden states from disk or from a live model."""
 
@@ -281,7 +303,7 @@ class Reference:
         key = digest([key, args.precision, stored, args.loss == ["kto"], dist.get_world_size()])
         self.cache = args.out / "cache" / f"reference-{key}"
         began, size = time.time(), data["length"].sum().item() * self.head.element_size() * self.head.shape[1] * stored
-        free, there = agreed((shutil.disk_usage(args.out).free, (self.cache / "sums.safetensors").exists()))
+        free, there = agreed((shutil.disk_usage(args.out).free, read_cache(self.cache)) if dist.get_rank() == 0 else None)
         if not there:
             if size > free:
                 raise UserError(f"{args.out}: the reference takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
@@ -328,15 +350,16 @@ class Reference:
         model.reshard()  # FSDP2 does so in backward only, and the optimizer wants the shards
         sums, mismatched = summed(sums.to(self.device)).cpu(), summed(mismatched.to(self.device)).cpu()
         if rank == 0:  # after every process's files, and last: it says that they are whole
-            with replacing(self.cache / "sums.safetensors") as temporary:
-                seconds = torch.tensor(time.time() - began)
-                save_file({"logp_sum": sums, "mismatched": mismatched, "seconds": seconds}, temporary)
+            seconds, names = torch.tensor(time.time() - began), sorted(x.name for x in self.cache.glob("hidden-*.safetensors"))
+            write_tensors(self.cache / "sums.safetensors", {"logp_sum": sums, "mismatched": mismatched, "seconds": seconds})
+            write_beside(self.cache / "sums.safetensors", {"files": names})
         dist.barrier()
 
     def write(self, waiting, rank, number):
         rows, hidden = zip(*waiting)
-        with replacing(self.cache / f"hidden-{rank:03}-{number:05}.safetensors") as temporary:
-            save_file({"rows": torch.cat(rows), "hidden": torch.cat(hidden)}, temporary)
+        path = self.cache / f"hidden-{rank:03}-{number:05}.safetensors"
+        write_tensors(path, {"rows": torch.cat(rows), "hidden": torch.cat(hidden)})
+        write_beside(path, {})
 
     def hidden(self, rows, tokens, mask):
         """The reference's hidden states (N, D) of some rows' completions; None where the method needs none."""
@@ -376,7 +399,7 @@ def kto_z0(model, data, reference, batches, prompts):
 
 
 def training_step(model, optimizer, data, reference, rows, settings, args, prompts):
-    """One optimizer step on some rows -> numbers for the log (9,), the same in every process.
+    """One optimizer step on some rows, none where it is not finite -> numbers for the log (9,), the same in every process.
 
     The loss; the weights of grad logp_mean summed over correct rows, and these rows' number; the same of incorrect rows; how
     many incorrect rows are below 0.2 under the present and under the future policy; completion tokens; the gradient's norm.
@@ -397,10 +420,12 @@ def training_step(model, optimizer, data, reference, rows, settings, args, promp
             [share, weight[~wrong].sum(), (~wrong).sum(), weight[wrong].sum(), wrong.sum(), *below, length.sum(), share * 0]
         )
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
     sums = summed(sums)
     sums[8] = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-    return sums.double().cpu()
+    sums = sums.double().cpu()
+    if sums[[0, 8]].isfinite().all():
+        optimizer.step()
+    return sums
 
 
 @torch.no_grad()
@@ -447,28 +472,29 @@ def resume(model, optimizer, folder):
     states = agreed({name: read_state(folder / name) for name in ("checkpoint", "checkpoint.part", "checkpoint.old")})
     states = {name: state for name, state in states.items() if state}
     if not states:
-        return {"step": 0, "seconds": 0.0, "trained": 0, "below": [0, 0], "interval": []}
+        return {"step": 0, "seconds": 0.0, "trained": 0, "below": [0, 0], "skipped": 0, "interval": [], "log": []}
     name = max(states, key=lambda name: states[name]["step"])
     if dist.get_rank() == 0:
         for other in {"checkpoint", "checkpoint.part", "checkpoint.old"} - {name}:
             shutil.rmtree(folder / other, ignore_errors=True)
         (folder / name).rename(folder / "checkpoint")
     dist.barrier()
-    for parameter in model.parameters():
-        zeros = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": torch.tensor(float(states[name]["step"]), device=parameter.device), **zeros}
-    dcp.load(tensors_of(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder / "checkpoint")))
+    tensors = training_tensors(model, optimizer)
+    with one_line_of(folder / "checkpoint"):
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder / "checkpoint")))
+    set_updates(optimizer, states[name]["updates"])
     say(f"resuming      {folder} from step {states[name]['step']}")
     return states[name]
 
 
-def tensors_of(model, optimizer):
-    """Weights and AdamW's moments, by name."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        moments = {key: optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")}
-        tensors |= {f"{key}.{name}": value for key, value in {"weight": parameter.detach(), **moments}.items()}
-    return tensors
+@contextlib.contextmanager
+def one_line_of(path):
+    """Make what torch raises where a checkpoint cannot be written or read a UserError that names its path."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"{path}: {getattr(cause, 'strerror', None) or str(cause).splitlines()[0]}") from None
 
 
 def save_checkpoint(model, optimizer, folder, state):
@@ -478,12 +504,14 @@ def save_checkpoint(model, optimizer, folder, state):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
     dist.barrier()
-    tensors = tensors_of(model, optimizer)
+    tensors = training_tensors(model, optimizer)
     sizes = torch.tensor([tensor.nbytes for tensor in tensors.values()]).cumsum(0) // SHARD_BYTES
     shards = dict(zip(tensors, (sizes + 1).tolist()))
-    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(new), shards, save_distributed=True))
+    with one_line_of(new):
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(new), shards, save_distributed=True))
     dist.barrier()
     if first:
+        state = {**state, "updates": updates(optimizer)}
         write_json(new / "state.json", {**state, "files": {path.name: path.stat().st_size for path in new.iterdir()}})
         if old.exists():
             old.rename(folder / "checkpoint.old")
@@ -492,105 +520,89 @@ def save_checkpoint(model, optimizer, folder, state):
 
 
 def train(args, mesh):
-    """The command; True where it was interrupted, and a checkpoint of its last step saved. Raises UserError, NonFiniteError."""
+    """The command. Raises UserError, and what `fit` raises."""
     folder = agreed(fetch(args.init)) if dist.get_rank() == 0 else agreed(None)
     data = read_data(args, ChatTokenizer(folder))
     (method,) = methods(args)
-    settings, first = settings_of(args, method, data, folder), dist.get_rank() == 0
-    reward, ids = data["reward"], data["problem_ids"]
-    if method["loss"] in PAIRED:
-        order = pair_order(reward, ids, args.steps, args.batch_size, args.seed)
-    else:
-        order = batch_order(reward, args.steps, args.batch_size, args.seed)
-    prompts = other_prompts(data) if method["loss"] == "kto" else None
-    per_process = args.micro_batch * dist.get_world_size()
-    monitored = batch_order(reward, 1, math.ceil(2 * MONITORED / per_process) * per_process, args.seed)[0]
+    settings = settings_of(args, method, data, folder)
     words = [Path(args.init).name, *method_words(method), f"steps{args.steps}", f"lr{args.lr:g}", f"seed{args.seed}"]
     run_folder = args.out / "-".join([*words, digest(settings)])
     if agreed((run_folder / "model" / "config.json").exists()):
         say(f"already finished: {run_folder}")
-        return False
+        return
 
+    lock = locked(args.out / "cache" / f"{run_folder.name}.lock", run_folder)
+    with lock if dist.get_rank() == 0 else contextlib.nullcontext():
+        fit(args, settings, data, folder, run_folder, mesh)
+
+
+def fit(args, settings, data, folder, run_folder, mesh):
+    """Train the checkpoint in `folder`, from the run's own last one where it was interrupted, and write the result.
+
+    Raises UserError, NonFiniteError, and Interrupted once a checkpoint of the last step is saved.
+    """
+    loss, reward, ids = settings["loss"], data["reward"], data["problem_ids"]
+    if loss in PAIRED:
+        order = pair_order(reward, ids, args.steps, args.batch_size, args.seed)
+    else:
+        order = batch_order(reward, args.steps, args.batch_size, args.seed)
+    prompts = other_prompts(data) if loss == "kto" else None
+    per_process = args.micro_batch * dist.get_world_size()
+    monitored = batch_order(reward, 1, math.ceil(2 * MONITORED / per_process) * per_process, args.seed)[0]
     model = build(args, folder, mesh)
     reference = Reference(args, model, data, f"{settings['checkpoint']} {settings['data']}", mesh)
     optimizer = adamw(model, args.lr)
     run_folder.mkdir(parents=True, exist_ok=True)
     state = resume(model, optimizer, run_folder)
     say(f"training      {run_folder}")
-    log_path, resumed = run_folder / "log.csv", state["step"]
+    resumed, first = state["step"], dist.get_rank() == 0
     if first:
         share, seconds = (reward > 0).float().mean().item(), reference.seconds.item()
         measured = {"sampling_seconds": None, "reference_seconds": seconds, "share_correct": share}
         environment = {"device": mesh.device_type, "processes": dist.get_world_size(), "torch": torch.__version__}
         write_json(run_folder / "config.json", {**settings, "measured": measured, "environment": environment})
-        start_log(log_path, resumed)
 
     bar = progress(total=args.steps, initial=resumed, desc=run_folder.name, disable=not first or None)
-    with bar, interruptions() as interrupted:
+    with bar, finishing_step() as interrupted:
         for step in range(resumed, args.steps + 1):
             evaluating = step % args.eval_every == 0 or step == args.steps
             if evaluating and (step > resumed or step == 0):
-                log_row(args, model, data, reference, monitored, method["lam"], state, step, log_path)
+                log_row(args, model, data, reference, monitored, settings["lam"], state, step)
+                if first:
+                    write_csv(run_folder / "log.csv", state["log"])
                 state["interval"] = []
             stopping = step < args.steps and summed(torch.tensor(len(interrupted), device=reference.device)) > 0
             if step > resumed and (step % args.save_every == 0 or step == args.steps or stopping):
                 save_checkpoint(model, optimizer, run_folder, {**state, "step": step})
             if stopping:
-                return True
+                raise Interrupted(agreed(interrupted[0] if interrupted else signal.SIGTERM))
             if step == args.steps:
                 break
             began = time.time()
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * warmup_cosine(step, args.warmup, args.steps)
             sums = training_step(model, optimizer, data, reference, order[step], settings, args, prompts)
-            if not sums[[0, 8]].isfinite().all():
+            state["seconds"] += time.time() - began
+            if sums[[0, 8]].isfinite().all():
+                state["interval"].append(sums.tolist())
+                state["below"] = [int(before + now) for before, now in zip(state["below"], sums[5:7])]
+                state["trained"] += int(sums[7])
+            elif state["skipped"] < args.skip_nonfinite:
+                state["skipped"] += 1
+            else:
                 raise NonFiniteError(
                     f"step {step + 1}: loss {sums[0]:g}, gradient norm {sums[8]:g}; problem ids of its batch: "
-                    f"{ids[order[step]].unique().tolist()}; the last checkpoint is kept in {run_folder}"
+                    f"{ids[order[step]].unique().tolist()}; the last checkpoint, if there was one, is kept in {run_folder}"
                 )
-            state["interval"].append(sums.tolist())
-            state["below"] = [int(before + now) for before, now in zip(state["below"], sums[5:7])]
-            state["trained"] += int(sums[7])
-            state["seconds"] += time.time() - began
             bar.update()
     save_pretrained(model, run_folder / "model", torch.bfloat16 if args.precision == "bf16" else torch.float32)
     if first:
         shutil.rmtree(run_folder / "checkpoint")
     say(f"checkpoint    {run_folder / 'model'}")
-    return False
 
 
-@contextlib.contextmanager
-def interruptions():
-    """A list to which Ctrl-C and SIGTERM append, so that the step is finished first; a second Ctrl-C ends at once."""
-    caught = []
-
-    def catch(number, _):
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def start_log(path, step):
-    """Write log.csv with its header and the rows up to a step that are there already."""
-    kept = []
-    if step:
-        with open(path, newline="") as file:
-            kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        log = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        log.writeheader()
-        log.writerows(kept)
-
-
-def log_row(args, model, data, reference, monitored, lam, state, step, path):
-    """Append a row to log.csv, of the steps since the last one, and print a line."""
+def log_row(args, model, data, reference, monitored, lam, state, step):
+    """Append a row, of the steps since the last one, to the log in `state`, and print a line."""
     interval = state["interval"]
     row = {name: math.nan for name in COLUMNS} | {"step": step} | monitor(model, data, reference, monitored, args, lam)
     if interval:
@@ -598,11 +610,9 @@ def log_row(args, model, data, reference, monitored, lam, state, step, path):
         row |= {"loss": sums[0].item() / len(interval), "grad_norm": sums[8].item() / len(interval)}
         row |= {"coefficient_correct": (sums[1] / sums[2]).item(), "coefficient_incorrect": (sums[3] / sums[4]).item()}
     row |= dict(zip(("below_0.2_pi", "below_0.2_pihat"), state["below"]))
-    row |= {"seconds": state["seconds"], "tokens_trained": state["trained"], "tokens_sampled": int(data["length"].sum())}
-    if dist.get_rank() == 0:
-        with open(path, "a", newline="") as file:
-            log = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            log.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+    row |= {"skipped": state["skipped"], "seconds": state["seconds"]}
+    row |= {"tokens_trained": state["trained"], "tokens_sampled": int(data["length"].sum())}
+    state["log"].append(row)
     loss = f"{row['loss']:+.4f}" if interval else "   --  "
     rate = state["trained"] / max(state["seconds"], 1e-9)
     memory = f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
@@ -626,7 +636,8 @@ def parse_args(argv=None):
         f"reference policy too{NO_DEFAULT}")  # fmt: skip
     add("--data", required=True, type=Path, metavar="FILE", help="rollouts of it, JSON lines: prompt, completion, label, or "
         f"prompt, chosen, rejected{NO_DEFAULT}")  # fmt: skip
-    add("--max-length", default=2560, type=count, metavar="N", help="tokens; longer rows are left out")
+    add("--max-length", default=2560, type=count, metavar="N", help="tokens; a longer row is a bad line")
+    add("--skip-bad-lines", action="store_true", help="go on without the rollouts' bad lines")
     add = parser.add_argument_group("training").add_argument
     add("--steps", default=500, type=count, metavar="N", help="optimizer steps")
     add("--lr", default=1e-6, type=positive, metavar="X", help="AdamW's highest learning rate")
@@ -634,6 +645,8 @@ def parse_args(argv=None):
     add("--batch-size", default=64, type=count, metavar="N", help="rows a step over all GPUs, half of them correct")
     add("--micro-batch", default=2, type=count, metavar="N", help="rows that a GPU takes at once; gradients accumulate")
     add("--seed", default=0, type=natural, metavar="N", help="of the order of the rows")
+    add("--skip-nonfinite", default=0, type=natural, metavar="N", help="leave out the updates of at most N steps whose loss or "
+        "gradient is not finite; one more stops the run")  # fmt: skip
     add = parser.add_argument_group("machine").add_argument
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the products; weights, gradients and moments "
         "are fp32. auto: bf16 on GPUs")  # fmt: skip
@@ -667,18 +680,18 @@ def run(argv=None):
     args = parse_args(argv)
     mesh, code = start_processes(), 0
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        code = 130 * train(args, mesh)
-    except (UserError, NonFiniteError, OSError) as error:
+        (args.out / "cache").mkdir(parents=True, exist_ok=True)
+        with interruptible():
+            train(args, mesh)
+    except (UserError, NonFiniteError, OSError, torch.OutOfMemoryError) as error:
         code = 3 if isinstance(error, NonFiniteError) else 2
         if dist.get_rank() == 0:
-            print(f"python -m full_scale.train: error: {error}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        code = 130
-    if code == 130 and dist.get_rank() == 0:
-        print(
-            f"interrupted: what is saved in {args.out} stays; the same command goes on from there", file=sys.stderr, flush=True
-        )
+            print(f"python -m full_scale.train: error: {one_line(error, args.out)}", file=sys.stderr, flush=True)
+    except Interrupted as signalled:
+        code = 128 + signalled.args[0]
+        if dist.get_rank() == 0:
+            kept = f"what is saved in {args.out} stays; the same command goes on from there"
+            print(f"interrupted: {kept}", file=sys.stderr, flush=True)
     if dist.get_world_size() > 1:  # a usual exit waits for the others after an error, and gloo's threads sometimes abort in it
         if not code:
             dist.barrier()

@@ -1,10 +1,35 @@
 """Tests run offline, from any folder, on one thread each, and without drawing on a screen."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests' models are so small that a second thread only costs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would what it starts
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The output folder and the printed text of a ten-step run of both losses."""
+    from test_train import TINY, command
+
+    out = tmp_path_factory.mktemp("runs") / "new" / "runs"
+    result = command("--loss", "off_rl", "fpa", "--lam", "2", *TINY, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The folder of a random published checkpoint."""
+    from test_full_scale import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("qwen2")
+    make_checkpoint(folder)
+    return folder

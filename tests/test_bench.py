@@ -56,6 +56,7 @@ def test_a_step_of_bench_trains_and_off_rl_needs_no_reference():
     step()
 
 
+@pytest.mark.slow
 def test_rows_of_real_measurements():
     rows = bench.roofline(1, quick=True)
     assert all(row[3] in ("yes", "**no**") and re.search(r"\d of \d+ GFLOP/s", row[1]) for row in rows)
@@ -64,12 +65,14 @@ def test_rows_of_real_measurements():
     assert len(growth) == 4 and all(re.match(r"[\d,]+: \d+ ms; ", row[1]) and float(row[2]) < 3 for row in growth)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_holds_the_reference_of_fpa_only():
     _, memory = bench.overhead(1, quick=True)
     assert 20 < int(re.search(r"(-?\d+) MiB more", memory[1])[1]) < 100  # 34 MB of reference logits
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_of_the_loss_at_full_scale():
     plain, chunked = (bench_in_a_process(chunked) for chunked in (False, True))
@@ -83,6 +86,7 @@ def bench_in_a_process(chunked):
         return pool.submit(bench.loss_memory, chunked, 512, width=8).result()
 
 
+@pytest.mark.slow
 def test_real_shapes_are_trained_by_full_scale(tmp_path):
     config = GPTConfig(vocab_size=1000, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48, qkv_bias=True)
     rate, flops, line = bench.full_scale_steps(tmp_path, config, prompt=5, completion=15, rows=16, steps=2)
@@ -102,6 +106,7 @@ def test_one_section_is_measured_anew_and_the_others_stay(tmp_path, monkeypatch)
     assert changed == ["Growth"] and "| x | new | 1.00 |" in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_main_job_is_timed_by_stage(tmp_path):
     whole, cached = bench.time_to_result(tmp_path, quick=True)
     assert re.search(r"base model \d.*rollouts \d.*reference \d.*training steps", whole[1])
@@ -115,6 +120,7 @@ def test_peers_that_are_not_installed(monkeypatch):
     assert len(rows) == 3 and all(row[1:] == ("not installed", "", "") for row in rows)
 
 
+@pytest.mark.slow
 def test_peers_that_are():
     pytest.importorskip("trl")
     rows = bench.peers(1, quick=True)

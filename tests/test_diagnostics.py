@@ -109,7 +109,7 @@ def test_a_straight_drift_is_forecast_exactly():
 def test_the_observer_writes_what_the_figures_read(tmp_path):
     (reference, model), data = tiny_data()
     model.load_state_dict(reference.state_dict())
-    observe = diagnostics.observer(model, data, torch.tensor([[0, 1], [2, 3]]), 2.0, tmp_path)
+    observe = diagnostics.observer(model, data, torch.tensor([[0, 1], [2, 3]]), 2.0, tmp_path, {}, {})
     for step in range(21):
         observe(step, at_evaluation=step % 10 == 0)
         with torch.no_grad():

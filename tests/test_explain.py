@@ -30,6 +30,7 @@ def numbers(screen, name, start=""):
     return [[float(number) for number in line.split()] for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", WITH_FPA_FORM)
 def test_the_screen_adds_up(loss, out):
     screen = screen_of(out, loss)
@@ -51,6 +52,7 @@ def test_the_screen_adds_up(loss, out):
     assert ("off_rl" if loss == "fpa" else loss) in screen.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_lambda_0_is_the_plain_loss(out):
     screen = screen_of(out, "fpa", "--lam", "0")
     for name in ("correct", "incorrect"):

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 NOTEBOOK = nbformat.read(ROOT / "lesson.ipynb", 4)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -252,15 +252,16 @@ def test_finite_at_extreme_log_probabilities(name, scale):
 
 @pytest.mark.parametrize("lam", [0.0, 2.0, 10.0])
 @pytest.mark.parametrize("scale", [1e4, 3e4])
-def test_finite_at_extreme_logits(lam, scale):
-    V = 7
-    logits = torch.zeros(2, 4, V)
+@pytest.mark.parametrize(("V", "dtype", "T"), [(7, torch.float32, 4), (7, torch.bfloat16, 2), (151_936, torch.bfloat16, 2)])
+def test_finite_at_extreme_logits(lam, scale, V, dtype, T):
+    """T = 2: completions of one token. 151,936: Qwen's vocabulary."""
+    logits = torch.zeros(2, T, V, dtype=dtype)
     logits[..., 0] = scale  # tokens other than 0 have log-probability -scale
-    tokens = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
-    mask = torch.tensor([[False, True, True, True]] * 2)
+    tokens = torch.tensor([[1] * T, [0] * T])
+    mask = torch.tensor([[False] + [True] * (T - 1)] * 2)
     leaf, length = logits.requires_grad_(), mask.sum(-1)
     present = sum_logp(leaf, tokens, mask)
-    assert present[0].item() == pytest.approx(-3 * scale)
+    assert present[0].item() == pytest.approx(-(T - 1) * scale, rel=1e-2 if dtype == torch.bfloat16 else 1e-6)
     for ref_logits in (torch.zeros_like(logits), -logits.detach()):
         future = sum_logp(future_logits(leaf, ref_logits, lam), tokens, mask)
         for reward in (torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])):

@@ -16,6 +16,7 @@ from options import parse_args
 from train import main
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

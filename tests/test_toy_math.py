@@ -215,6 +215,7 @@ def test_evaluation_counts_what_the_verifier_says():
     assert all("malformed   first wrong step: 3" in line for line in lines[5:])
 
 
+@pytest.mark.slow
 def test_toy_math_command(tmp_path):
     run = subprocess.run([sys.executable, "-m", "toy_math"], capture_output=True, text=True, check=True)
     assert "clean " in run.stdout and "slipped" in run.stdout and "same position" in run.stdout
@@ -223,4 +224,4 @@ def test_toy_math_command(tmp_path):
     for line in ('{"prompt": "47+8?"}', '{"prompt": "47+8?", "completion": "#55", "label": true}', "not JSON"):
         (tmp_path / "bad.jsonl").write_text(line + "\n")
         bad = subprocess.run([sys.executable, "-m", "toy_math", str(tmp_path / "bad.jsonl")], capture_output=True, text=True)
-        assert bad.returncode == 2 and "bad.jsonl: not a file of rollouts" in bad.stderr and bad.stderr.count("\n") == 1
+        assert bad.returncode == 2 and "bad.jsonl: 1 of 1 lines are bad: line 1: " in bad.stderr and bad.stderr.count("\n") == 1

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,15 +13,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import files
 import losses
 import options
 import results
 import stages
 import train
+from toy_math.problems import verify
+from toy_math.rollouts import read_rows
 
 # One operation, so that a base model of a few seconds already gets answers right and wrong.
 TINY = "--ops 1 --base-steps 300 --slip 0.3 --prompts 24 --rollouts 4 --steps 10 --eval-every 5 --batch-size 8".split()
 TINY += ["--device", "cpu"]
+
+
+def edit_cache(out, change):
+    """Change the cached rollouts' text, and their checksum with it."""
+    (path,) = (out / "cache").glob("rollouts-*.jsonl")
+    path.write_text(change(path.read_text()))
+    files.write_beside(path, {k: v for k, v in files.read_json(path.with_suffix(".json")).items() if k != "sha256"})
 
 
 def command(*words, program="train.py"):
@@ -35,15 +44,6 @@ def refusal(run, words, capsys):
     with pytest.raises(SystemExit) as stop:
         run([str(word) for word in words])
     return stop.value.code, capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The output folder and the printed text of a ten-step run of both losses."""
-    out = tmp_path_factory.mktemp("runs") / "new" / "runs"
-    result = command("--loss", "off_rl", "fpa", "--lam", "2", *TINY, "--out", out)
-    assert result.returncode == 0, result.stderr
-    return out, result.stdout
 
 
 def folders(out, prefix=""):
@@ -116,6 +116,7 @@ def test_a_finished_run_is_not_repeated_and_force_gives_the_same_log(finished, c
     assert all(torch.equal(weights[name], weight) for name, weight in load_file(folder / "model.safetensors").items())
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline_repeats_with_its_seed(finished, tmp_path):
     train.run(["--loss", "fpa", *TINY, "--out", str(tmp_path)])
     assert without_seconds(folders(tmp_path, "fpa")[0]) == without_seconds(folders(finished[0], "fpa")[0])
@@ -133,12 +134,14 @@ def run_with_cache(finished, tmp_path, *words):
     return folders(tmp_path)
 
 
+@pytest.mark.slow
 def test_targets_in_the_real_loop(finished, tmp_path):
     words = ["--loss", "fpa", "--lam", "8", "--target", "both", "correct", "incorrect"]
     logs = {f.name.split("-prompts")[0]: read_log(f)[-1] for f in run_with_cache(finished, tmp_path, *words)}
     assert len({logs[f"fpa-lam8-{target}"]["logratio_incorrect"] for target in ("both", "correct", "incorrect")}) == 3
 
 
+@pytest.mark.slow
 def test_every_loss_in_the_real_loop(finished, tmp_path):
     assert list(train.LOSSES) == list(results.NAMES)
     words = ["--loss", *train.LOSSES, "--lam", "3", "--jobs", "1", "--eval-every", "10", "--prompts", "24"]
@@ -154,6 +157,7 @@ def test_every_loss_in_the_real_loop(finished, tmp_path):
     assert float(logs["constant-incorrect-weight0.25"]["coefficient_incorrect"]) == 0.25
 
 
+@pytest.mark.slow
 def test_diagnostics_in_the_real_loop(finished, tmp_path, capsys):
     words = ["--loss", "fpa", "--steps", "30", "--eval-every", "10"]
     (folder,) = run_with_cache(finished, tmp_path, *words)
@@ -175,6 +179,7 @@ def test_diagnostics_in_the_real_loop(finished, tmp_path, capsys):
     assert (tmp_path / "figures" / "entanglement.png").exists()
 
 
+@pytest.mark.slow
 def test_grpo_samples_what_it_trains_on(finished, tmp_path):
     words = ["--loss", "grpo", "--steps", "4", "--eval-every", "1"]
     rows = read_log(run_with_cache(finished, tmp_path / "grpo", *words)[0])
@@ -186,6 +191,7 @@ def test_grpo_samples_what_it_trains_on(finished, tmp_path):
     assert int(dapo[4]["tokens_trained"]) < int(dapo[4]["tokens_sampled"])  # some group had one reward only
 
 
+@pytest.mark.slow
 def test_coefficients_are_averaged_over_the_steps_that_have_them(finished, tmp_path):
     words = ["--loss", "grpo", "--dapo", "--steps", "8", "--batch-size", "4"]  # one group a step, often all of one reward
     every = read_log(run_with_cache(finished, tmp_path / "every", *words, "--eval-every", "1")[0])[1:]
@@ -209,7 +215,7 @@ def test_grpo_step_is_the_loss_on_its_own_samples(monkeypatch):
     monkeypatch.setattr(train, "sample", lambda *_: None)
     monkeypatch.setattr(train, "rollout_rows", lambda _: rows)
     taken = []
-    monkeypatch.setattr(train, "update", lambda model, optimizer, loss: taken.append(loss) or torch.tensor(1.0))
+    monkeypatch.setattr(train, "update", lambda model, optimizer, loss, may_skip: taken.append(loss) or torch.tensor(1.0))
     tokens, mask = train.pack(rows)
     advantage = torch.tensor([1.5, -0.5, -0.5, -0.5, 0, 0, 0, 0]) / (1 + 1e-4)  # of rewards of +-1, whose std is 1
     lengths = torch.tensor([9, 2, 2, 2, 2, 2, 2, 2])
@@ -240,10 +246,12 @@ def test_pairs_are_of_one_problem_and_walk_through_the_incorrect_rows():
 
 @pytest.mark.parametrize("words", ["--loss dpo", "--loss off_rl --diagnostics"])
 def test_no_pairs_is_one_line(words, finished, tmp_path, capsys):
+    def by_problem(text):  # a problem's rollouts are all correct, or none is
+        rows = [json.loads(line) for line in text.splitlines()]
+        return "".join(json.dumps({**row, "label": row["problem_id"] % 2 == 0}) + "\n" for row in rows)
+
     shutil.copytree(finished[0] / "cache", tmp_path / "cache")
-    (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]  # a problem's rollouts are all correct, or none is
-    path.write_text("".join(json.dumps({**row, "label": row["problem_id"] % 2 == 0}) + "\n" for row in rows))
+    edit_cache(tmp_path, by_problem)
     code, error = refusal(train.run, [*words.split(), *TINY, "--out", tmp_path], capsys)
     assert code == 2 and "no pairs" in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
@@ -268,6 +276,7 @@ def test_z0_of_kto_is_of_mismatched_prompts():
     assert torch.equal(tokens, data["tokens"]) and total != 0
 
 
+@pytest.mark.slow
 def test_evaluation_temperature_is_used(finished, tmp_path):
     (cold,) = run_with_cache(finished, tmp_path, "--loss", "off_rl", "--eval-temperature", "0.001")
     warm = read_log(folders(finished[0], "off_rl")[0])
@@ -308,6 +317,7 @@ def test_training_data_start_at_the_first_completion_token(finished, tmp_path):
     assert torch.equal(data["length"], data["mask"].sum(-1)) and 0 < data["measured"]["share_correct"] < 1
 
 
+@pytest.mark.slow
 def test_gradient_is_clipped_and_coefficients_and_counts_are_logged(finished, tmp_path, monkeypatch):
     seen = []
 
@@ -341,10 +351,27 @@ def test_every_setting_of_a_stage_is_in_its_key(flag, tmp_path):
     assert stages.digest({}, path) != one
 
 
+def test_a_rollout_without_a_token_is_left_out(finished, tmp_path, monkeypatch):
+    """The policy may sample BOS or PAD at once; its mean log-probability would be 0/0."""
+    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+    for path in (tmp_path / "cache").glob("ro*"):
+        path.unlink()
+    original = stages.sample
+
+    def sample(model, problems, *words):
+        (problem, *_), *others = original(model, problems, *words)
+        return [(problem, "", False, verify(problem, "", False)), *others]
+
+    monkeypatch.setattr(stages, "sample", sample)
+    _, data, *_ = stages.prepare(options.parse_args([*TINY, "--out", str(tmp_path)]), 0, 24)
+    assert len(data["length"]) == 24 * 4 - 1 and data["length"].min() > 0 and data["ref_logp_sum"].isfinite().all()
+    (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
+    assert len(read_rows(path)) == 24 * 4 - 1
+
+
 def test_a_stale_reference_is_never_taken_up(finished, tmp_path, capsys):
     shutil.copytree(finished[0] / "cache", tmp_path / "cache")
-    (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
-    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    edit_cache(tmp_path, lambda text: "".join(reversed(text.splitlines(keepends=True))))
     train.run(["--loss", "fpa", *TINY, "--out", str(tmp_path)])
     assert "reference     cached" not in capsys.readouterr().out
     assert float(read_log(folders(tmp_path)[0])[0]["logratio_correct"]) == pytest.approx(0, abs=1e-4)
@@ -381,50 +408,69 @@ def test_batches_are_half_correct_and_walk_through_every_row():
     assert not torch.equal(train.batch_order(labels, 35, 4, seed=1), order)
 
 
-@pytest.mark.parametrize(
-    "words, culprit",
-    [
-        ("--loss ppo", "off_rl"),  # the error lists the known losses
-        ("--lam -1", "--lam"),
-        ("--lam nan", "--lam"),
-        ("--lam inf", "--lam"),
-        ("--lam two", "--lam"),
-        ("--target wrong", "incorrect"),
-        ("--steps 0", "--steps"),
-        ("--steps -5", "--steps"),
-        ("--steps 1.5", "--steps"),
-        ("--prompts 0", "--prompts"),
-        ("--rollouts -1", "--rollouts"),
-        ("--ops 0", "--ops"),
-        ("--base-steps 0", "--base-steps"),
-        ("--eval-every 0", "--eval-every"),
-        ("--batch-size 7", "--batch-size"),
-        ("--batch-size 0", "--batch-size"),
-        ("--slip 1.5", "--slip"),
-        ("--slip nan", "--slip"),
-        ("--lr 0", "--lr"),
-        ("--lr inf", "--lr"),
-        ("--seed -1", "--seed"),
-        ("--seed 99999999999999999999", "--seed"),
-        ("--eval-temperature 0", "--eval-temperature"),
-        ("--device tpu", "cpu"),
-        ("--nonsense", "--nonsense"),
-        ("--loss sft --lam 1", "--lam"),
-        ("--loss grpo a_star_po pessimistic --target incorrect", "--target"),
-        ("--loss fpa --beta 0.1", "--beta"),
-        ("--loss dpo --beta 0", "--beta"),
-        ("--loss dpo --beta -0.1", "--beta"),
-        ("--loss pessimistic --shift inf", "--shift"),
-        ("--loss pessimistic --shift nan", "--shift"),
-        ("--loss dpo --shift 1", "--shift"),
-        ("--loss dpo --target incorrect", "--target"),  # without --lam it has no future coefficient
-        ("--loss off_rl constant --target both", "--target"),
-        ("--loss fpa --dapo", "--dapo"),
-        ("--loss grpo --rollouts 1", "--rollouts"),
-        ("--loss grpo --batch-size 62", "--rollouts"),
-        ("--ops 1 --prompts 5000", "5000"),
-    ],
-)
+BAD_FLAGS = [
+    ("--loss ppo", "off_rl"),  # the error lists the known losses
+    ("--lam -1", "--lam"),
+    ("--lam nan", "--lam"),
+    ("--lam inf", "--lam"),
+    ("--lam two", "--lam"),
+    ("--target wrong", "incorrect"),
+    ("--steps 0", "--steps"),
+    ("--steps -5", "--steps"),
+    ("--steps 1.5", "--steps"),
+    ("--prompts 0", "--prompts"),
+    ("--rollouts -1", "--rollouts"),
+    ("--ops 0", "--ops"),
+    ("--base-steps 0", "--base-steps"),
+    ("--eval-every 0", "--eval-every"),
+    ("--batch-size 7", "--batch-size"),
+    ("--batch-size 0", "--batch-size"),
+    ("--slip 1.5", "--slip"),
+    ("--slip nan", "--slip"),
+    ("--lr 0", "--lr"),
+    ("--lr inf", "--lr"),
+    ("--seed -1", "--seed"),
+    ("--seed 99999999999999999999", "--seed"),
+    ("--eval-temperature 0", "--eval-temperature"),
+    ("--device tpu", "cpu"),
+    ("--nonsense", "--nonsense"),
+    ("--loss sft --lam 1", "--lam"),
+    ("--loss grpo a_star_po pessimistic --target incorrect", "--target"),
+    ("--loss fpa --beta 0.1", "--beta"),
+    ("--loss dpo --beta 0", "--beta"),
+    ("--loss dpo --beta -0.1", "--beta"),
+    ("--loss pessimistic --shift inf", "--shift"),
+    ("--loss pessimistic --shift nan", "--shift"),
+    ("--loss dpo --shift 1", "--shift"),
+    ("--loss dpo --target incorrect", "--target"),  # without --lam it has no future coefficient
+    ("--loss off_rl constant --target both", "--target"),
+    ("--loss fpa --dapo", "--dapo"),
+    ("--loss grpo --rollouts 1", "--rollouts"),
+    ("--loss grpo --batch-size 62", "--rollouts"),
+    ("--ops 1 --prompts 5000", "5000"),
+    ("--steps 1e3", "--steps"),
+    ("--steps 2000000", "--steps"),  # times --batch-size
+    ("--steps 99999999999", "--steps"),
+    ("--prompts 99999999", "--prompts"),
+    ("--rollouts 5000", "--rollouts"),
+    ("--ops 100000", "--ops"),
+    ("--base-steps 1000000", "--base-steps"),
+    ("--save-every 0", "--save-every"),
+    ("--skip-nonfinite -1", "--skip-nonfinite"),
+    ("--jobs -1", "--jobs"),
+    ("--jobs many", "--jobs"),
+    ("--loss", "--loss"),
+    ("--lr", "--lr"),
+    ("--lr 1e-3 fast", "--lr"),
+    ("--weight -1", "--weight"),
+    ("--loss rpo --alpha nan", "--alpha"),
+    ("--explain sft", "--explain"),
+    ("fpa", "fpa"),  # without its flag
+    ("--seed ٣x", "--seed"),
+]
+
+
+@pytest.mark.parametrize("words, culprit", BAD_FLAGS)
 def test_bad_flags_are_one_line(words, culprit, tmp_path, capsys):
     code, error = refusal(train.run, [*words.split(), "--out", tmp_path / "out"], capsys)
     assert code == 2 and culprit in error and error.count("\n") == 1
@@ -451,17 +497,16 @@ def test_an_output_folder_that_is_a_file(tmp_path, capsys):
 @pytest.mark.parametrize("label, missing", [(True, "incorrect"), (False, "correct")])
 def test_rollouts_of_one_kind_only(label, missing, finished, tmp_path, capsys):
     shutil.copytree(finished[0] / "cache", tmp_path / "cache")
-    (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
-    path.write_text("".join(json.dumps({**json.loads(line), "label": label}) + "\n" for line in path.read_text().splitlines()))
+    edit_cache(tmp_path, lambda text: text.replace('"label": ' + json.dumps(not label), '"label": ' + json.dumps(label)))
     code, error = refusal(train.run, ["--loss", "fpa", *TINY, "--out", tmp_path], capsys)
     assert code == 2 and f"is {missing}" in error and error.count("\n") == 1
     assert not folders(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_seed_that_fails_beside_another(finished, tmp_path):
     shutil.copytree(finished[0] / "cache", tmp_path / "cache")
-    (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
-    path.write_text(path.read_text().replace('"label": false', '"label": true'))
+    edit_cache(tmp_path, lambda text: text.replace('"label": false', '"label": true'))
     result = command("--loss", "fpa", "--seed", 0, 1, *TINY, "--jobs", 2, "--out", tmp_path)
     assert result.returncode == 2 and "is incorrect" in result.stderr and "failed: seed 0" in result.stdout
     assert ["seed1" in folder.name and (folder / "samples.txt").exists() for folder in folders(tmp_path)] == [True]
@@ -477,14 +522,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run(finished, tmp_path, monkeyp
         return b["logp_sum"] * (float("nan") if len(calls) == 8 else 1.0), b["reward"]
 
     monkeypatch.setitem(train.LOSSES, "sft", breaks_at_step_8)
-    with pytest.raises(train.NonFiniteError, match=r"step 8: loss nan.*problem ids.*\[\d+.*weights of step 5"):
-        train.main(options.parse_args(["--loss", "sft", *TINY, "--out", str(out)]))
+    with pytest.raises(train.NonFiniteError, match=r"step 8: loss nan.*problem ids.*\[\d+.*the last checkpoint"):
+        train.main(options.parse_args(["--loss", "sft", *TINY, "--save-every", "4", "--out", str(out)]))
     (folder,) = folders(out)
     assert [row["step"] for row in read_log(folder)] == ["0", "5"]
-    assert all(torch.isfinite(weight).all() for weight in load_file(folder / "model.safetensors").values())
-    assert not (folder / "samples.txt").exists()
+    saved = load_file(folder / "checkpoint.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values()) and saved["stats"][4:].eq(0).all()
+    assert not (folder / "model.safetensors").exists() and not (folder / "samples.txt").exists()
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_the_runs_one_by_one_and_go_on_where_one_fails(finished, tmp_path):
     out = tmp_path / "runs"
     shutil.copytree(finished[0] / "cache", out / "cache")
@@ -498,25 +545,15 @@ def test_runs_side_by_side_are_the_runs_one_by_one_and_go_on_where_one_fails(fin
         assert f"{folder.name}  step    10/10" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("jobs, stop", [(1, "SIGINT"), (2, "SIGINT"), (2, "SIGKILL")])
-def test_what_there_is_is_kept_and_no_worker_stays(jobs, stop, finished, tmp_path):
-    out = tmp_path / "runs"
-    shutil.copytree(finished[0] / "cache", out / "cache")
-    words = ["--loss", "fpa", "--lam", *"12"[:jobs], *TINY, "--steps", "100000", "--jobs", str(jobs), "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def test_no_worker_outlives_a_parent_that_is_killed(finished, tmp_path):
+    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+    words = ["--loss", "fpa", "--lam", "1", "2", *TINY, "--steps", "100000", "--jobs", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "train.py", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
-    while not (len(folders(out)) == jobs and all(len(read_log(folder)) > 2 for folder in folders(out))):
+    while not (len(folders(tmp_path)) == 2 and all(len(read_log(folder)) > 2 for folder in folders(tmp_path))):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.05)
-    if stop == "SIGINT":
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    else:
-        process.kill()
-    _, error = process.communicate(timeout=60)  # waits for the workers too, who hold its pipes
-    if stop == "SIGINT":
-        assert process.returncode == 130 and "interrupted" in error and error.count("\n") == 1
-    for folder in folders(out):
-        assert load_file(folder / "model.safetensors") and not (folder / "samples.txt").exists()
+    process.kill()
+    process.communicate(timeout=60)  # waits for the workers too, who hold its pipes

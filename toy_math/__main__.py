@@ -6,6 +6,9 @@ Without a file the solutions come from the slipping corpus itself, which is what
 
 import argparse
 import random
+from pathlib import Path
+
+from files import UserError
 
 from .problems import draw_problems, verify, write_trace
 from .rollouts import overlap, read_rows, rollout_rows
@@ -14,7 +17,9 @@ parser = argparse.ArgumentParser(
     prog="python -m toy_math", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
 parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
-parser.add_argument("rollouts", nargs="?", metavar="ROLLOUTS.jsonl", help="rollouts of a run, e.g. runs/cache/rollouts-….jsonl")
+parser.add_argument(
+    "rollouts", nargs="?", type=Path, metavar="ROLLOUTS.jsonl", help="rollouts of a run, e.g. runs/cache/rollouts-….jsonl"
+)
 parser.add_argument("--seed", type=int, default=0, help="seed of the problems and slips (default: 0)")
 args = parser.parse_args()
 
@@ -30,10 +35,8 @@ try:
         source = "the slipping corpus, 200 problems × 8"
     figures = overlap(rows)
     correct, malformed = (sum(row[key] for row in rows) for key in ("label", "malformed"))
-except OSError as error:
-    parser.error(f"{args.rollouts}: {error.strerror}")
-except (ValueError, KeyError, TypeError):
-    parser.error(f"{args.rollouts}: not a file of rollouts, a JSON object a line")
+except UserError as error:
+    parser.error(str(error))
 
 print("problems")
 for problem in problems[:5]:

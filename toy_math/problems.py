@@ -14,6 +14,7 @@ from dataclasses import dataclass
 MODULUS = 100
 STEP_WIDTH = len("47+8=55;")
 TEST_SHARE = 8  # one problem in eight belongs to the test split
+PROMPT = re.compile(r"[0-9]{2}([-+*][2-9])+\?")
 DERIVATION = re.compile(r"(\d\d[-+*]\d=\d\d;)+#(\d\d)")
 
 
@@ -50,6 +51,13 @@ class Verdict:
 def draw_problem(n_ops, rng):
     """One problem of either split; rng is a random.Random."""
     return Problem(rng.randrange(MODULUS), tuple((rng.choice("+-*"), rng.randint(2, 9)) for _ in range(n_ops)))
+
+
+def read_problem(prompt):
+    """The problem of a prompt such as `47+8*3-5?`. Raises ValueError where it is none."""
+    if not PROMPT.fullmatch(prompt):
+        raise ValueError(f"prompt is {prompt[:40]!r}, not a start, operations and ?")
+    return Problem(int(prompt[:2]), tuple((prompt[i], int(prompt[i + 1])) for i in range(2, len(prompt) - 1, 2)))
 
 
 def draw_problems(count, n_ops, split, rng):

@@ -4,11 +4,11 @@ A rollout's line is `{"prompt", "completion", "label"}`, the unpaired preference
 `datasets.load_dataset("json", ...)` take, plus the problem's id, the first wrong step and whether the text is malformed.
 """
 
-import json
-
 import torch
 
-from .problems import STEP_WIDTH, draw_problem, verify, write_trace
+from files import UserError, field, read_lines
+
+from .problems import STEP_WIDTH, draw_problem, read_problem, verify, write_trace
 from .tokenizer import BOS, EOS, PAD, decode, encode
 
 CPU_ROWS = 384  # sampled at once for each thread of a CPU, whose caches hold the keys and values of so many
@@ -76,9 +76,27 @@ def rollout_rows(samples):
 
 
 def read_rows(path):
-    """A file of JSON lines -> [row]. Raises OSError, or ValueError where a line is not JSON."""
-    with open(path) as file:
-        return [json.loads(line) for line in file]
+    """A file of JSON lines -> [row]. Raises UserError that names the first bad lines, or says that all are of one kind."""
+    rows = read_lines(path, checked_row)
+    if len({len(read_problem(row["prompt"]).ops) for row in rows}) > 1:
+        raise UserError(f"{path}: problems of different lengths")
+    return rows
+
+
+def checked_row(row):
+    """The row itself. Raises ValueError that names what is wrong with it."""
+    problem = read_problem(field(row, "prompt", str))
+    encode(field(row, "completion", str))
+    for name in ("label", "malformed", "finished"):
+        field(row, name, bool)
+    if field(row, "problem_id", int) < 0:
+        raise ValueError(f"problem_id is {row['problem_id']}, below 0")
+    if row.get("first_wrong_step") is not None:
+        field(row, "first_wrong_step", int)
+    length, longest = len(row["completion"]) + row["finished"], max_completion_tokens(len(problem.ops))
+    if not 0 < length <= longest:
+        raise ValueError(f"a completion of {length} tokens, not 1 to {longest}")
+    return row
 
 
 def pack(rows):

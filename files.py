@@ -1,0 +1,326 @@
+"""Nothing lost: files that are whole or not there, checkpoints, locks, lines that are checked, Ctrl-C.
+
+A file is written under a temporary name, synced and renamed: a crash at any moment leaves the old one or the new one.
+Left out: locks on Windows, which has no fcntl.
+"""
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import signal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+SHOWN = 10  # bad lines of a file that are named
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one line, exit code 2."""
+
+
+class NonFiniteError(Exception):
+    """The loss or the gradient is no longer a number; shown as one line, exit code 3."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, whose number is the argument; shown as one line, exit code 128 + number."""
+
+
+def one_line(error, path):
+    """An error as one line that names a path, the given one where it names none itself."""
+    if isinstance(error, OSError) and not error.filename:
+        return f"{path}: {error.strerror or error}"
+    return str(error).splitlines()[0]
+
+
+# --- reading and writing
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name to write to, synced and renamed to `path` once it is whole. Raises UserError that names the path."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        if os.name != "nt":  # where a folder cannot be opened
+            sync(path.parent)  # the rename too
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def sync(path):
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path):
+    """A JSON file's object. Raises UserError that names the file."""
+    try:
+        return parse_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from None
+
+
+def write_csv(path, rows):
+    """Rows, dicts of the same columns, with six digits of every float."""
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            table.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def write_tensors(path, tensors, metadata=None):
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files below a folder whose process is gone."""
+    for path in folder.rglob("*.part"):
+        pid = path.name.split(".")[-2]
+        if fcntl and path.is_file() and pid.isdigit():
+            try:
+                os.kill(int(pid), 0)  # no signal, only a look
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except OSError:
+                pass  # another user's
+
+
+# --- caches: a file, and beside it a JSON file, written last, with the checksum of the first
+
+
+def checksum(path):
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_beside(path, facts):
+    """Say in the JSON file beside a file that it is whole, and what else is known of it."""
+    write_json(path.with_suffix(".json"), {**facts, "sha256": checksum(path)})
+
+
+def read_beside(path):
+    """What is known of a file, or None where it is not there or not whole. Raises UserError where its content is another."""
+    beside = path.with_suffix(".json")
+    if not (path.exists() and beside.exists()):
+        return None
+    facts = read_json(beside)
+    if facts.pop("sha256", None) != checksum(path):
+        raise UserError(f"{path}: damaged or edited, its checksum is not that in {beside.name}; remove it to make it anew")
+    return facts
+
+
+# --- checkpoints
+
+
+def training_tensors(model, optimizer):
+    """Weights and AdamW's moments by name, as they are in memory; the moments of a new optimizer are put there, zeros."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        if not state:
+            moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in ("exp_avg", "exp_avg_sq")}
+            state.update(step=torch.zeros((), device=parameter.device), **moments)
+        tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")} | {f"weight.{name}": parameter.detach()}
+    return tensors
+
+
+def updates(optimizer):
+    """How many steps the optimizer has taken."""
+    return next((int(state["step"]) for state in optimizer.state.values()), 0)
+
+
+def set_updates(optimizer, count):
+    for state in optimizer.state.values():
+        state["step"].fill_(count)
+
+
+def save_checkpoint(path, model, optimizer, state, tensors):
+    """Put all that a run needs to go on into one file: weights, moments, other tensors, and `state`, which JSON can hold."""
+    metadata = {"state": json.dumps({**state, "updates": updates(optimizer)})}
+    write_tensors(path, {**training_tensors(model, optimizer), **tensors}, metadata)
+
+
+def load_checkpoint(path, model, optimizer, **expected):
+    """Fill model and optimizer -> (state, the other tensors), or None where there is no checkpoint of these values of `state`.
+
+    Raises UserError where it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            if any(state[name] != value for name, value in expected.items()):
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        with torch.no_grad():
+            for name, tensor in training_tensors(model, optimizer).items():
+                tensor.copy_(tensors.pop(name))
+        set_updates(optimizer, state["updates"])
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: damaged ({error}); --no-resume begins anew") from None
+    return state, tensors
+
+
+# --- one process at a time
+
+
+@contextlib.contextmanager
+def locked(path, what):
+    """Hold a lock, which ends with the process, however that ends. Raises UserError with the pid of who holds it."""
+    file = None
+    while not (file and os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
+        file = open(path, "a+")  # anew where the one who held it has just removed it
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(f"{what} is being worked on by process {file.read().strip()}") from None
+    with file:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+# --- JSON from others
+
+
+def read_lines(path, parse, skip_bad=False, say=print):
+    """[parse(object)] of the lines of a file of JSON lines, blank ones left out.
+
+    Bad lines, not a JSON object or one on which `parse` raises ValueError, are left out too where `skip_bad`; what is said of
+    them is printed by `say` then, and raised as UserError otherwise: the first ten with their numbers, and how many there are.
+    """
+    parsed, bad = [], {}
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a file")
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        parsed.append(parse(parse_object(line)))
+                    except ValueError as error:
+                        bad[number] = str(error)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if not parsed and not bad:
+        raise UserError(f"{path}: empty")
+    if bad:
+        lines = "; ".join(f"line {number}: {reason}" for number, reason in list(bad.items())[:SHOWN])
+        more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        said = f"{path}: {len(bad)} of {len(bad) + len(parsed)} lines are bad: {lines}{more}"
+        if not skip_bad or not parsed:
+            raise UserError(said)
+        say(f"left out      {said}")
+    return parsed
+
+
+def parse_object(line):
+    """Bytes -> JSON object. Raises ValueError that says why not."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
+    except UnicodeError:
+        raise ValueError("not UTF-8") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def field(row, name, kind):
+    """A field of a row. Raises ValueError where it is missing or not of a kind: str, bool, int."""
+    if name not in row:
+        raise ValueError(f"no {name}")
+    if type(row[name]) is not kind:
+        kinds = {str: "a text", bool: "true or false", int: "a whole number"}
+        raise ValueError(f"{name} is {shown(row[name])}, not {kinds[kind]}")
+    return row[name]
+
+
+def shown(value):
+    """A value for a message: JSON, one line, cut."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:40] + "…"
+
+
+# --- interruption
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Ctrl-C and SIGTERM raise Interrupted."""
+
+    def interrupt(number, _):
+        raise Interrupted(number)
+
+    with handling(interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def finishing_step():
+    """A list that Ctrl-C and SIGTERM append to, so that the step is finished first; a second Ctrl-C ends at once."""
+    caught = []
+
+    def catch(number, _):
+        caught.append(number)
+        if before[signal.SIGINT] != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    with handling(catch) as before:
+        yield caught
+
+
+@contextlib.contextmanager
+def handling(handler):
+    """Handle both signals by one function, SIGINT not where it is ignored -> the handlers before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, old in before.items():
+        if old != signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield before
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
