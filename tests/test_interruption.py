@@ -27,6 +27,8 @@ import train
 KILLS = 25
 # Everything that a run can write, on steps where evaluations, snapshots and checkpoints meet and do not.
 FULL = ["--loss", "fpa", *TINY, "--steps", "45", "--eval-every", "10", "--save-every", "7", "--diagnostics"]
+# The same as a command, in less time.
+COMMAND = ["--loss", "fpa", *TINY, "--steps", "45", "--eval-every", "20", "--save-every", "7"]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and locks")
 
 
@@ -64,9 +66,9 @@ def whole(few, finished, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def commanded(finished, tmp_path_factory):
-    """The output folder of an uninterrupted FULL as a command."""
+    """The output folder of an uninterrupted COMMAND."""
     out = tmp_path_factory.mktemp("commanded")
-    done = command(*FULL, "--out", out)
+    done = command(*COMMAND, "--out", out)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -278,10 +280,10 @@ def wait_for(process, condition):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("jobs", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(("jobs", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
 def test_a_signal_finishes_the_step_and_saves(jobs, number, out):
     lams = ["2", "1"][:jobs]
-    words = [*FULL, "--lam", *lams, "--jobs", jobs, "--steps", 400, "--save-every", 10**6, "--out"]
+    words = [*COMMAND, "--lam", *lams, "--jobs", jobs, "--steps", 200, "--eval-every", 100, "--save-every", 10**6, "--out"]
     process = start(*words, out)
     wait_for(process, lambda: len(folders(out)) == jobs and all(len(read_log(folder)) > 1 for folder in folders(out)))
     if number == signal.SIGINT:
@@ -302,17 +304,16 @@ def test_a_signal_finishes_the_step_and_saves(jobs, number, out):
 
 @pytest.mark.slow
 def test_a_signal_while_the_base_model_trains(tmp_path):
-    words = [*TINY, "--base-steps", 20000, "--save-every", 10**6, "--out", tmp_path]
+    words = [*TINY, "--base-steps", 3000, "--save-every", 50, "--out", tmp_path]
     process = start(*words)
-    wait_for(process, (tmp_path / "cache").exists)
-    time.sleep(2)
+    wait_for(process, lambda: list(tmp_path.glob("cache/*.checkpoint")))
     process.terminate()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 143 and error.count("\n") == 1, error
     (checkpoint,) = tmp_path.glob("cache/*.checkpoint")
     model = train.GPT(train.CONFIG)
     state, _ = files.load_checkpoint(checkpoint, model, stages.adamw(model, 1e-3))
-    assert state["step"] > 0
+    assert 50 <= state["step"] < 3000
 
 
 def test_the_first_signal_waits_and_the_second_ctrl_c_does_not():
@@ -352,11 +353,10 @@ def test_a_second_run_is_refused_with_the_pid_of_the_first(out):
     process = start(*words)
     wait_for(process, lambda: folders(out))
     (folder,) = folders(out)
-    before = set(out.rglob("*"))
     second = command(*words)
     assert second.returncode == 2 and second.stderr.count("\n") == 1
     assert second.stderr.endswith(f"{folder} is being worked on by process {process.pid}\n")
-    assert {path for path in out.rglob("*") if "checkpoint" not in path.name} <= before
+    assert folders(out) == [folder] and process.poll() is None
     process.kill()
     process.communicate()
     with files.locked(out / "cache" / f"{folder.name}.lock", folder):  # the dead one's lock is free
@@ -371,14 +371,14 @@ def limit_files(size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1000, 300_000, 700_000])
+@pytest.mark.parametrize("size", [1000, 700_000])
 def test_a_disk_that_is_full_is_one_line(size, commanded, tmp_path):
     """No file may grow beyond a size: at 1 kB the corpus' model is too large, then the reference's logits or a checkpoint."""
-    words = [sys.executable, "train.py", *FULL, "--out", str(tmp_path)]
+    words = [sys.executable, "train.py", *COMMAND, "--out", str(tmp_path)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit_files(size))
     assert done.returncode == 2 and str(tmp_path) in done.stderr and "too large" in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.rglob("*.part"))
-    assert command(*FULL, "--out", tmp_path).returncode == 0
+    assert command(*COMMAND, "--out", tmp_path).returncode == 0
     assert contents(tmp_path) == contents(commanded)
 
 
@@ -518,15 +518,15 @@ def test_kills_at_random_moments_lose_nothing(commanded, tmp_path):
     """SIGKILL the real command KILLS times, run it again each time, and compare what it ends with to `commanded`."""
     rng, kills, rounds, stages_hit = random.Random(0), 0, 0, set()
     began = time.time()
-    assert command(*FULL, "--out", tmp_path / "timed").returncode == 0
+    assert command(*COMMAND, "--out", tmp_path / "timed").returncode == 0
     longest = time.time() - began
     while kills < KILLS:
         out, rounds = tmp_path / str(rounds), rounds + 1
         while True:
-            process = start(*FULL, "--out", out)
+            process = start(*COMMAND, "--out", out)
             wait_for(process, (out / "cache").exists)
             try:
-                process.wait(timeout=rng.uniform(0, longest / 2))
+                process.wait(timeout=rng.uniform(0, longest / 3))
             except subprocess.TimeoutExpired:
                 process.kill()
                 kills += 1
