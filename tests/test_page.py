@@ -12,6 +12,7 @@ from test_train import TINY
 
 import page
 import results
+from files import UserError
 from options import parse_args
 from train import main
 
@@ -79,9 +80,9 @@ def test_the_page_in_a_browser(report):
 
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "with_file", lambda runs, name: [])
-    with pytest.raises(page.MissingError, match="train with --diagnostics"):
+    with pytest.raises(UserError, match="train with --diagnostics"):
         page.write_page(results.read_runs(results.run_folders(Path("logs")))[:1], tmp_path / "report.html")
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(page.MissingError, match="pip install plotly"):
+    with pytest.raises(UserError, match="pip install plotly"):
         page.write_page([], tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
