@@ -266,6 +266,7 @@ def test_claims_without_their_runs_are_not_run(tmp_path):
 # --- figures
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
     control, count = {"target": "incorrect", "weight": 0.25}, 0
     methods = [
