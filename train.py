@@ -219,9 +219,14 @@ def monitor(model, data, rows, lam):
     return {f"{name}_{g}": value[members].mean().item() for name, value in values.items() for g, members in groups.items()}
 
 
+def finite(stats):
+    """Which steps' loss and gradient norm are numbers (steps,), from their statistics (steps, 8)."""
+    return torch.isfinite(stats[:, :2]).all(dim=1)
+
+
 def raise_if_not_finite(stats, problem_ids, tolerated, folder):
     """Name the first step whose loss or gradient is not finite, and its problems, where there are more than are tolerated."""
-    bad = (~torch.isfinite(stats[:, :2]).all(dim=1)).nonzero()[:, 0].tolist()
+    bad = (~finite(stats)).nonzero()[:, 0].tolist()
     if len(bad) > tolerated:
         step = bad[tolerated]
         skipped = f"; {tolerated} such steps before it were skipped" if tolerated else ""
@@ -234,13 +239,12 @@ def raise_if_not_finite(stats, problem_ids, tolerated, folder):
 def log_row(step, stats, since, columns, sampled_before):
     """A row of log.csv: columns measured now, and the statistics (step, 8) so far, means over the finite steps `since`."""
     interval = stats[since:]
-    interval = interval[torch.isfinite(interval[:, :2]).all(dim=1)]
-    loss, grad_norm, coefficient_correct, coefficient_incorrect = interval[:, :4].nanmean(0).tolist()
+    loss, grad_norm, coefficient_correct, coefficient_incorrect = interval[finite(interval), :4].nanmean(0).tolist()
     below_pi, below_pihat, trained, sampled = stats[:, 4:].double().sum(0).long().tolist()
     values = {"step": step, "loss": loss, "grad_norm": grad_norm, **columns}
     values |= {"coefficient_correct": coefficient_correct, "coefficient_incorrect": coefficient_incorrect}
     values |= {"below_0.2_pi": below_pi, "below_0.2_pihat": below_pihat}
-    values |= {"skipped": (~torch.isfinite(stats[:, :2]).all(dim=1)).sum().item()}
+    values |= {"skipped": (~finite(stats)).sum().item()}
     values |= {"tokens_trained": trained, "tokens_sampled": sampled_before + sampled}
     return {name: values[name] for name in COLUMNS}
 

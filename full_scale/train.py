@@ -95,6 +95,7 @@ class HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, targets, ref_hidden, ref_head, lam):
+        """Both log-probabilities (N,), in nats; ref_hidden (N, D) and ref_head (V, D) as hidden and head."""
         present, future, normalisers = [], [], []
         for rows in chunks(len(hidden)):
             logits, chosen = head_logits(hidden[rows], head), targets[rows, None]  # (CHUNK, V)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from toy_math import rollouts
-from toy_math.problems import Problem, apply, draw_problems, slip_results, verify, write_trace
+from toy_math.problems import Problem, apply, draw_problems, read_problem, slip_results, verify, write_trace
 from toy_math.rollouts import (
     corpus_rows,
     evaluate,
@@ -188,8 +188,7 @@ class Guesser:
         completions = []
         for row in prompts.repeat_interleave(samples, dim=0).tolist():
             text, _ = decode(row[1:])
-            problem = Problem(int(text[:2]), tuple((text[i], int(text[i + 1])) for i in range(2, len(text) - 1, 2)))
-            clean = write_trace(problem)[0]
+            clean = write_trace(read_problem(text))[0]
             heads = temperature == 0 or torch.rand((), generator=generator) < 0.5
             completions.append(encode(clean if heads else clean[:-1]) + [eos] + [pad] * (not heads))
         return torch.tensor(completions)
