@@ -33,6 +33,7 @@ from tqdm import tqdm
 import jobs
 import model as model_py
 import results
+from files import write_text
 from losses import future_logits, token_logps
 from model import GPT, GPTConfig
 from stages import CONFIG, EVAL_PROBLEMS, adamw, progress
@@ -713,7 +714,7 @@ def main(args):
             texts[title] = table(title, NOTES[title], header, measure())
             tqdm.write(texts[title])
             if args.to:  # after each section, so that Ctrl-C loses one at most
-                args.to.write_text("\n".join([head, *(texts[title] for title in sections if title in texts)]))
+                write_text(args.to, "\n".join([head, *(texts[title] for title in sections if title in texts)]))
     if args.to:
         print(f"written to {args.to}")
 

@@ -165,10 +165,11 @@ def claims(runs):
     sft, constant, sharpened = (where(main, loss=loss) for loss in ("sft", "constant", "sharpened"))
     table = {}
 
+    of_toy = [run for run in off_rl if "shared_tokens" in run.config["measured"]]
     entangled = with_file(off_rl, "entanglement.csv")
     table["C1"] = "correct and incorrect trajectories share most tokens", [
-        Measured("share of incorrect tokens also in some correct rollout", per_seed(off_rl, facts("shared_tokens")), ">", 0.5),
-        Measured("longest common prefix, share of the length", per_seed(off_rl, facts("common_prefix"))),
+        Measured("share of incorrect tokens also in some correct rollout", per_seed(of_toy, facts("shared_tokens")), ">", 0.5),
+        Measured("longest common prefix, share of the length", per_seed(of_toy, facts("common_prefix"))),
     ], ["main"]  # fmt: skip
     table["C2"] = "the gradients of correct and incorrect trajectories are entangled", [
         Measured("cosine, mean over Off-RL's run", per_seed(entangled, entanglement("cosine")), ">"),

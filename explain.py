@@ -11,6 +11,7 @@ import copy
 
 import torch
 
+from files import NonFiniteError, UserError
 from model import GPT
 from options import method_settings
 from stages import CONFIG, adamw, completion_logps, prepare
@@ -55,8 +56,8 @@ def wide(symbol, width):
 
 
 def explain(args):
-    """Print the screen for the loss args.explain, at λ of --lam or 2, on the first --seed. Raises UserError."""
-    seed, lam = args.seed[0], (args.lam or [2.0])[0]
+    """Print the screen for the loss args.explain, at the first --lam and --seed. Raises UserError, NonFiniteError."""
+    seed, lam = args.seed[0], args.lam[0]
     beta, alpha = (args.beta or [None])[0], args.alpha[0]
     present, future = (method_settings(args, args.explain, x, args.target[0], beta, alpha, None, None) for x in (0.0, lam))
     base, data, _, _ = prepare(args, seed, args.prompts[0])
@@ -69,12 +70,17 @@ def explain(args):
     for some in pairs if present["loss"] in PAIRED else rows:
         training_step(policy, optimizer, data, some, present)
 
-    candidates = pairs[0].view(2, -1).T
-    pair = candidates[data["clean"][candidates[:, 0]]][0]  # so that they part at the first wrong token
+    candidates = pairs.view(WALK, 2, -1).mT.flatten(0, 1)
+    clean = candidates[data["clean"][candidates[:, 0]]]  # so that they part at the first wrong token
+    if not len(clean):
+        raise UserError("no correct rollout without a wrong step: change --slip, --base-steps, --prompts or --rollouts")
+    pair = clean[0]
     z0 = kto_z0(policy, data, rows[0])
     steps = {"C(π)": one_step(policy, data, pair, z0, present), "C(π̂)": one_step(policy, data, pair, z0, future)}
+    if not all(change.isfinite().all() for *_, change in steps.values()):
+        raise NonFiniteError(f"the step at λ = {lam:g} is not finite")
     texts = [decode(row[data["start"] + 1 :].tolist())[0] for row in data["tokens"][pair]]
-    first = next(i for i, (one, other) in enumerate(zip(*texts)) if one != other)
+    first = next((i for i, (one, other) in enumerate(zip(*texts)) if one != other), min(map(len, texts)))
     problem = decode(data["tokens"][pair[0], 1 : data["start"] + 1].tolist())[0]
     print(screen(problem, texts, first, data["length"][pair].tolist(), steps))
     print(f"\nThe policy is {WALK} steps of {present['loss']} away from the base model of seed {seed}; λ = {lam:g}.")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import signal
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,7 +40,14 @@ def one_line(error, path):
     """An error as one line that names a path, the given one where it names none itself."""
     if isinstance(error, OSError) and not error.filename:
         return f"{path}: {error.strerror or error}"
-    return str(error).splitlines()[0]
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable_path(text):
+    """An argparse type: a path that fits into one line."""
+    if not text.isprintable():
+        raise ValueError(text)
+    return Path(text)
 
 
 # --- reading and writing
@@ -105,36 +113,38 @@ def remove_leftovers(folder):
     """Remove the temporary files below a folder whose process is gone."""
     for path in folder.rglob("*.part"):
         pid = path.name.split(".")[-2]
-        if fcntl and path.is_file() and pid.isdigit():
+        if fcntl and path.is_file() and pid.isdecimal():
             try:
                 os.kill(int(pid), 0)  # no signal, only a look
             except ProcessLookupError:
                 path.unlink(missing_ok=True)
-            except OSError:
-                pass  # another user's
+            except (OSError, OverflowError):
+                pass  # another user's, or no pid
 
 
-# --- caches: a file, and beside it a JSON file, written last, with the checksum of the first
+# --- caches: a file, and beside it a JSON file, written last, with a checksum of both
 
 
-def checksum(path):
-    """SHA-256 of a file's content."""
+def checksum(path, facts=None):
+    """SHA-256 of a file's content, and of what is known of it where that is given."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        total = hashlib.file_digest(file, "sha256")
+    total.update(b"" if facts is None else json.dumps(facts, sort_keys=True).encode())
+    return total.hexdigest()
 
 
 def write_beside(path, facts):
     """Say in the JSON file beside a file that it is whole, and what else is known of it."""
-    write_json(path.with_suffix(".json"), {**facts, "sha256": checksum(path)})
+    write_json(path.with_suffix(".json"), {**facts, "sha256": checksum(path, facts)})
 
 
 def read_beside(path):
-    """What is known of a file, or None where it is not there or not whole. Raises UserError where its content is another."""
+    """What is known of a file, or None where it is not there or not whole. Raises UserError where either is edited."""
     beside = path.with_suffix(".json")
     if not (path.exists() and beside.exists()):
         return None
     facts = read_json(beside)
-    if facts.pop("sha256", None) != checksum(path):
+    if facts.pop("sha256", None) != checksum(path, facts):
         raise UserError(f"{path}: damaged or edited, its checksum is not that in {beside.name}; remove it to make it anew")
     return facts
 
@@ -164,10 +174,20 @@ def set_updates(optimizer, count):
         state["step"].fill_(count)
 
 
+def content_checksum(state, tensors):
+    """SHA-256 of a checkpoint: its state, a text, and its tensors."""
+    total = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        total.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        total.update(tensors[name].cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
 def save_checkpoint(path, model, optimizer, state, tensors):
     """Put all that a run needs to go on into one file: weights, moments, other tensors, and `state`, which JSON can hold."""
-    metadata = {"state": json.dumps({**state, "updates": updates(optimizer)})}
-    write_tensors(path, {**training_tensors(model, optimizer), **tensors}, metadata)
+    tensors = {**training_tensors(model, optimizer), **tensors}
+    state = json.dumps({**state, "updates": updates(optimizer)})
+    write_tensors(path, tensors, {"state": state, "sha256": content_checksum(state, tensors)})
 
 
 def load_checkpoint(path, model, optimizer, **expected):
@@ -179,10 +199,13 @@ def load_checkpoint(path, model, optimizer, **expected):
         return None
     try:
         with safe_open(path, "pt") as file:
-            state = json.loads(file.metadata()["state"])
-            if any(state[name] != value for name, value in expected.items()):
-                return None
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if metadata["sha256"] != content_checksum(metadata["state"], tensors):
+            raise ValueError("its checksum is another")
+        state = json.loads(metadata["state"])
+        if any(state[name] != value for name, value in expected.items()):
+            return None
         with torch.no_grad():
             for name, tensor in training_tensors(model, optimizer).items():
                 tensor.copy_(tensors.pop(name))
@@ -196,8 +219,11 @@ def load_checkpoint(path, model, optimizer, **expected):
 
 
 @contextlib.contextmanager
-def locked(path, what):
-    """Hold a lock, which ends with the process, however that ends. Raises UserError with the pid of who holds it."""
+def locked(path, what, wait=False):
+    """Hold a lock, which ends with the process, however that ends.
+
+    Where another process holds it: wait for that one, and say so with its pid, or raise UserError that names it.
+    """
     file = None
     while not (file and os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
         file = open(path, "a+")  # anew where the one who held it has just removed it
@@ -206,7 +232,11 @@ def locked(path, what):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise UserError(f"{what} is being worked on by process {file.read().strip()}") from None
+                said = f"{what} is being worked on by process {file.read().strip()}"
+                if not wait:
+                    raise UserError(said) from None
+                print(f"waiting: {said}")
+                fcntl.flock(file, fcntl.LOCK_EX)
     with file:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
@@ -224,8 +254,9 @@ def locked(path, what):
 def read_lines(path, parse, skip_bad=False, say=print):
     """[parse(object)] of the lines of a file of JSON lines, blank ones left out.
 
-    Bad lines, not a JSON object or one on which `parse` raises ValueError, are left out too where `skip_bad`; what is said of
-    them is printed by `say` then, and raised as UserError otherwise: the first ten with their numbers, and how many there are.
+    Bad lines, not a JSON object or one that `parse` refuses by ValueError or UserError, are left out too where `skip_bad`; what
+    is said of them is printed by `say` then, and raised as UserError otherwise: the first ten with their numbers, and how many
+    there are.
     """
     parsed, bad = [], {}
     try:
@@ -236,8 +267,10 @@ def read_lines(path, parse, skip_bad=False, say=print):
                 if line.strip():
                     try:
                         parsed.append(parse(parse_object(line)))
-                    except ValueError as error:
-                        bad[number] = str(error)
+                    except (ValueError, UserError) as error:
+                        bad[number] = one_line(error, path)
+                    except RecursionError:
+                        bad[number] = "nested too deep"
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if not parsed and not bad:

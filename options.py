@@ -4,10 +4,10 @@ import argparse
 import itertools
 import math
 import os
-from pathlib import Path
 
 import torch
 
+from files import printable_path
 from losses import TARGETS
 from results import NAMES
 from stages import EVAL_PROBLEMS, digest, draw_splits, stage_settings
@@ -42,7 +42,7 @@ def checked(kind, accepts, described):
             value = math.nan
         if not math.isfinite(value) or not accepts(value):
             raise argparse.ArgumentTypeError(f"must be {described}, not {text!r}")
-        return value
+        return value + 0  # -0.0 is 0.0
 
     return parse
 
@@ -52,10 +52,14 @@ def count_up_to(most):
 
 
 count = count_up_to(10**9)
+answer_length = count_up_to(2**17)  # whose keys and values are kept
 natural = checked(int, lambda value: 0 <= value < 2**31, "a whole number of at least 0 and below 2^31")
 positive = checked(float, lambda value: value > 0, "a finite number above 0")
+learning_rate = checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+temperature = checked(float, lambda value: value >= 1e-6, "a finite number of at least 1e-6")
 not_negative = checked(float, lambda value: value >= 0, "a finite number of at least 0")
 finite = checked(float, lambda value: True, "a finite number")
+zero_or_temperature = checked(float, lambda value: value == 0 or value >= 1e-6, "0 or a finite number of at least 1e-6")
 share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
@@ -104,7 +108,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--seed", nargs="+", default=[0], type=natural, metavar="N", help="seed of the whole pipeline, base model included")
     add("--steps", default=1000, type=count, metavar="N", help="optimizer steps")
-    add("--lr", nargs="+", default=[2e-4], type=positive, metavar="X", help="AdamW's learning rate, constant")
+    add("--lr", nargs="+", default=[2e-4], type=learning_rate, metavar="X", help="AdamW's learning rate, constant")
     add("--batch-size", default=64, type=count, metavar="N", help="trajectories a step; offline, half correct, half incorrect")
     add("--skip-nonfinite", default=0, type=natural, metavar="N", help="leave out the updates of at most N steps whose loss or "
         "gradient is not finite; one more stops the run")  # fmt: skip
@@ -131,7 +135,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", default=50, type=count, metavar="N", help="steps between evaluations")
-    add("--eval-temperature", default=1.0, type=positive, metavar="X", help="sampling temperature of the column `accuracy`")
+    add("--eval-temperature", default=1.0, type=temperature, metavar="X", help="sampling temperature of the column `accuracy`")
     add("--diagnostics", action="store_true", help="also measure gradient entanglement, extrapolation and single tokens")
     add("--explain", choices=WITH_FPA_FORM, metavar="NAME", help="train nothing: show what one step of this loss and one of "
         f"its FPA form do to a pair of rollouts, token by token{NO_DEFAULT}")  # fmt: skip
@@ -139,12 +143,14 @@ def parse_args(argv=None):
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto takes a GPU where there is one")
     add("--jobs", default=0, type=natural, metavar="N", help="runs at once, a thread each; 0: one a CPU thread, one on a GPU")
-    add("--out", default="runs", type=Path, metavar="FOLDER", help="folder of the runs and of the cached stages")
+    add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder of the runs and of the cached stages")
     add("--save-every", default=100, type=count, metavar="N", help="steps between checkpoints")
     add("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on with an interrupted run from its last "
         "checkpoint, or begin it anew")  # fmt: skip
     add("--force", action="store_true", help="train finished runs anew; cached stages stay")
     args = parser.parse_args(argv)
+    if args.explain:
+        args.loss, args.lam = [args.explain], args.lam or [2.0]
     check_args(parser, args)
     return args
 
@@ -160,14 +166,17 @@ def check_method_flags(parser, args):
         parser.error(f"argument --target: no run weights rows by another coefficient; --lam is 0 for {' '.join(args.loss)}")
 
 
+def check_rows(parser, args):
+    rows = args.steps * args.batch_size
+    if rows > MOST_ROWS:
+        parser.error(f"argument --steps: times --batch-size must be at most {MOST_ROWS:,}, not {rows:,}")
+
+
 def check_args(parser, args):
     """What no single flag shows: flags at odds, too few problems, the output folder; settles `--device auto`."""
     if args.batch_size % 2:
         parser.error(f"argument --batch-size: must be even, half correct and half incorrect, not {args.batch_size}")
-    if args.steps * args.batch_size > MOST_ROWS:
-        parser.error(
-            f"argument --steps: times --batch-size must be at most {MOST_ROWS:,}, not {args.steps * args.batch_size:,}"
-        )
+    check_rows(parser, args)
     check_method_flags(parser, args)
     if "grpo" in args.loss and (args.rollouts == 1 or args.batch_size % args.rollouts):
         parser.error(f"argument --rollouts: grpo needs at least 2, and --batch-size a multiple of them, not {args.rollouts}")
@@ -181,7 +190,10 @@ def check_args(parser, args):
         args.device = next(name for name in ("cuda", "mps", "cpu") if available[name])
     if not available[args.device]:
         parser.error(f"argument --device: there is no {args.device} device on this machine")
-    existing = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
+    try:
+        existing = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
+    except OSError as error:  # a name that is too long, a folder that one may not enter
+        parser.error(f"argument --out: {error.strerror}: {args.out}")
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         parser.error(f"argument --out: {existing} is not a folder that can be written to")
 

@@ -10,6 +10,8 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +23,7 @@ from matplotlib.lines import Line2D
 
 import claims
 import page
-from files import UserError, replacing, write_text
+from files import Interrupted, UserError, interruptible, printable_path, replacing, write_text
 from results import (
     NAMES,
     Run,
@@ -495,30 +497,33 @@ def run(argv=None):
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
-    parser.add_argument("runs", nargs="?", default=Path("runs"), type=Path, help="folder whose runs are drawn")
-    parser.add_argument("--to", default=Path("figures"), type=Path, help="folder that the figures and results.md go to")
+    parser.add_argument("runs", nargs="?", default=Path("runs"), type=printable_path, help="folder whose runs are drawn")
+    parser.add_argument(
+        "--to", default=Path("figures"), type=printable_path, help="folder that the figures and results.md go to"
+    )
     parser.add_argument("--html", action="store_true", help="also write report.html there, a page to explore; needs plotly")
     args = parser.parse_args(argv)
-    if not args.runs.is_dir():
+    if not os.path.isdir(args.runs):
         parser.error(f"{args.runs} is not a folder")
     try:
-        runs = read_runs(run_folders(args.runs))
-    except VersionError as error:
-        parser.error(str(error))
-    if not runs:
-        parser.error(f"no finished run below {args.runs}")
-    print(summary(runs))
-    try:
-        draw_figures(runs, args.to)
-        write_text(args.to / "results.md", claims.results(runs))
-        print(f"results       {args.to / 'results.md'}")
-        if args.html:
-            page.write_page(runs, args.to / "report.html")
-            print(f"page          {args.to / 'report.html'}")
+        with interruptible():
+            runs = read_runs(run_folders(args.runs))
+            if not runs:
+                parser.error(f"no finished run below {args.runs}")
+            print(summary(runs))
+            draw_figures(runs, args.to)
+            write_text(args.to / "results.md", claims.results(runs))
+            print(f"results       {args.to / 'results.md'}")
+            if args.html:
+                page.write_page(runs, args.to / "report.html")
+                print(f"page          {args.to / 'report.html'}")
     except OSError as error:
         parser.error(f"argument --to: {error}")
-    except UserError as error:
+    except (UserError, VersionError) as error:
         parser.error(str(error))
+    except Interrupted as signalled:
+        print(f"interrupted: the figures in {args.to} are whole, some of them may be of before", file=sys.stderr)
+        sys.exit(128 + signalled.args[0])
 
 
 if __name__ == "__main__":

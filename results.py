@@ -11,7 +11,11 @@ import numpy as np
 METHOD = ("loss", "lam", "target", "beta", "alpha", "weight", "shift", "dapo")
 NOT_A_SETTING = (*METHOD, "seed", "measured", "environment")
 FORMAT = 3  # of logs and cached stages, part of every digest: raise it when the meaning of one changes
-NEEDED = {"accuracy", "coefficient_incorrect", "tokens_sampled"}  # columns of that format
+NEEDED = set(
+    "step accuracy accuracy_greedy logratio_correct logratio_incorrect pi_correct pi_incorrect coefficient_correct "
+    "coefficient_incorrect below_0.2_pi below_0.2_pihat seconds tokens_trained tokens_sampled".split()
+)  # columns of that format
+TABLES = ("entanglement.csv", "extrapolation.csv", "tokens.csv")  # of diagnostics.py
 NAMES = {
     "off_rl": "Off-RL", "fpa": "FPA", "simper": "SimPER", "dpo": "DPO", "rpo": "RPO", "kto": "KTO", "a_star_po": "A*-PO",
     "pessimistic": "pessimistic", "sft": "SFT", "reinforce": "REINFORCE", "constant": "constant", "sharpened": "sharpened",
@@ -67,14 +71,23 @@ def read_run(folder):
         if config.get("format") != FORMAT:
             raise VersionError(f"{folder} was written by another version: format {config.get('format')}, not {FORMAT}")
         log = read_csv(folder / "log.csv")
-        last, steps = int(log["step"][-1]), config["steps"]
-        if missing := {*METHOD, "seed"} - config.keys() | NEEDED - log.keys():
+        if missing := {*METHOD, "seed", "prompts", "rollouts", "lr"} - config.keys() | NEEDED - log.keys():
             raise ValueError(f"no {', '.join(sorted(missing))}")
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"config.json or log.csv is half-written ({error})") from None
-    if last < steps:
-        raise ValueError(f"log.csv ends at step {last} of {steps}")
-    return Run(folder, config, log)
+        if words := [name for name, values in log.items() if values.dtype.kind != "f"]:
+            raise ValueError(f"{words[0]} is no number")
+        run, last, unfinished = Run(folder, config, log), int(log["step"][-1]), log["step"][-1] < config["steps"]
+        hash((order(run)[-1] + 0, label(run.method), describe(config)))  # what another kind of value would break
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, csv.Error) as error:
+        raise ValueError(f"config.json or log.csv is half-written or damaged ({error})") from None
+    if unfinished:
+        raise ValueError(f"log.csv ends at step {last} of {config['steps']}")
+    for name in TABLES:
+        try:
+            if (folder / name).exists():
+                read_csv(folder / name)
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{name} is damaged ({error})") from None
+    return run
 
 
 def run_folders(root):

@@ -22,6 +22,7 @@ from files import (
     UserError,
     finishing_step,
     load_checkpoint,
+    locked,
     read_beside,
     save_checkpoint,
     write_beside,
@@ -198,16 +199,19 @@ def prepare(args, seed, prompts):
     cache = args.out / "cache"
     cache.mkdir(parents=True, exist_ok=True)
     base_path = cache / f"base-{digest(base_settings)}.safetensors"
-    base = base_model(args, seed, base_settings, base_path)
-    rollouts_path = cache / f"rollouts-{digest(rollout_settings, base_path)}.jsonl"
-    rows, rollout_facts = rollouts(args, seed, base, train_problems, rollouts_path)
-    if len({row["label"] for row in rows}) < 2:
-        missing = "incorrect" if rows[0]["label"] else "correct"
-        raise UserError(f"none of the {len(rows)} rollouts is {missing}: change --slip, --base-steps, --prompts or --rollouts")
-    tokens, mask = (x.to(args.device) for x in pack(rows))
-    start = len(rows[0]["prompt"])  # after BOS, the last prompt token: it predicts the first completion token
-    reference_path = cache / f"reference-{digest(rollout_settings, base_path, rollouts_path)}.safetensors"
-    ref_logits, reference_facts = reference_logits(args, base, tokens, start, reference_path)
+    with locked(base_path.with_suffix(".lock"), base_path, wait=True):
+        base = base_model(args, seed, base_settings, base_path)
+        rollouts_path = cache / f"rollouts-{digest(rollout_settings, base_path)}.jsonl"
+        rows, rollout_facts = rollouts(args, seed, base, train_problems, rollouts_path)
+        if len({row["label"] for row in rows}) < 2:
+            missing = "incorrect" if rows[0]["label"] else "correct"
+            raise UserError(
+                f"none of the {len(rows)} rollouts is {missing}: change --slip, --base-steps, --prompts or --rollouts"
+            )
+        tokens, mask = (x.to(args.device) for x in pack(rows))
+        start = len(rows[0]["prompt"])  # after BOS, the last prompt token: it predicts the first completion token
+        reference_path = cache / f"reference-{digest(rollout_settings, base_path, rollouts_path)}.safetensors"
+        ref_logits, reference_facts = reference_logits(args, base, tokens, start, reference_path)
     data = {
         "tokens": tokens,
         "mask": mask,

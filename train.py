@@ -270,10 +270,13 @@ def resume(args, checkpoint, model, optimizer, generator, data, steps):
     diagnostics.py's snapshots. Raises UserError.
     """
     state = {"step": 0, "seconds": 0.0, "log": [], "tables": {}, "data": data["key"], "diagnostics": args.diagnostics}
+    state["device"] = args.device
     stats, snapshots = torch.zeros(steps, 8, device=args.device), {}
     same = {name: state[name] for name in ("data", "diagnostics")}
     if saved := load_checkpoint(checkpoint, model, optimizer, **same):
         state, tensors = saved
+        if state["device"] != args.device:
+            raise UserError(f"{checkpoint}: of a run with --device {state['device']}; --no-resume begins anew")
         stats.copy_(tensors["stats"])
         generator.set_state(tensors["generator"])
         snapshots = {int(name.removeprefix("at.")): x.to(args.device) for name, x in tensors.items() if name.startswith("at.")}
@@ -382,7 +385,7 @@ def is_finished(args, folder):
     try:
         run = results.read_run(folder)
         measured = not args.diagnostics or results.read_csv(folder / "entanglement.csv")["step"][-1] == run.config["steps"]
-    except (ValueError, OSError, results.VersionError):
+    except (ValueError, KeyError, OSError, results.VersionError):
         return False
     return measured and (folder / "samples.txt").exists()
 
@@ -463,9 +466,9 @@ def main(args):
 
 def run(argv=None):
     """The command: parse, train, and turn what goes wrong into one line and an exit code."""
-    args = parse_args(argv)
     try:
         with interruptible():
+            args = parse_args(argv)
             if args.explain:
                 from explain import explain  # which imports this file
 
@@ -473,7 +476,7 @@ def run(argv=None):
             else:
                 main(args)
     except Interrupted as signalled:
-        kept = f"finished stages and runs, and checkpoints of the others, are kept in {args.out}"
+        kept = "finished stages and runs, and checkpoints of the others, are kept"
         print(f"interrupted: {kept}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + signalled.args[0])
     except (UserError, NonFiniteError, OSError, BrokenProcessPool, torch.OutOfMemoryError) as error:

@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -25,13 +24,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from files import Interrupted, UserError, checksum, interruptible, read_json, replacing, shown, write_json
+from files import Interrupted, UserError, checksum, interruptible, one_line, read_json, replacing, shown, write_json
 from model import GPT, GPTConfig
-from options import command_line, count
+from options import answer_length, command_line
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+MOST_LAYERS = 1000  # each takes time to build, however small it is
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Beside config.json and the weights; copied as they are.
 COMPANIONS = (
@@ -73,11 +73,12 @@ def gpt_config(raw, path):
     scaling = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"] * (kind == "llama3")
     values = {name: raw.get(name) for name in sizes} | {name: raw[name] for name in optional if raw.get(name) is not None}
     for name, value in values.items():
-        if type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{path}: {name} is {shown(value)}, not a whole number of at least 1")
+        most = MOST_LAYERS if name == "num_hidden_layers" else 2**31 - 1
+        if type(value) is not int or not 0 < value <= most:
+            raise UserError(f"{path}: {name} is {shown(value)}, not a whole number from 1 to {most:,}")
     numbers = {"rms_norm_eps": raw.get("rms_norm_eps"), **{name: rope.get(name) for name in ["rope_theta", *scaling]}}
     for name, value in numbers.items():
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise UserError(f"{path}: {name} is {shown(value)}, not a number above 0")
     heads, width = values["num_attention_heads"], values["hidden_size"]
     own_head_dim = values.get("head_dim", width / heads) != width / heads
@@ -190,12 +191,17 @@ def find_tensors(folder, model):
 
 @torch.no_grad()
 def fill(model, places):
-    """Copy every tensor into the model, cast to its type, file by file; a parameter that is sharded takes its own part."""
+    """Copy every tensor into the model, cast to its type, file by file; a parameter that is sharded takes its own part.
+
+    Raises UserError where one is not finite.
+    """
     parameters = dict(model.named_parameters())
     for path in sorted(set(places.values())):
         with safe_open(path, "pt") as file:
             for name in (name for name, place in places.items() if place == path):
                 parameter, tensor = parameters[name], file.get_tensor(published_name(name))
+                if not tensor.isfinite().all():
+                    raise UserError(f"{path}: tensor {published_name(name)} has values that are not finite")
                 if isinstance(parameter, DTensor):
                     tensor = distribute_tensor(
                         tensor.to(parameter.device, parameter.dtype),
@@ -221,8 +227,12 @@ def without_links_out(folder):
     root = folder.resolve()
     allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     for path in (path for pattern in PUBLISHED for path in folder.glob(pattern)):
-        if not any(path.resolve().is_relative_to(place) for place in allowed):
-            raise UserError(f"{path}: a link out of the folder, to {path.resolve()}")
+        try:
+            target = path.resolve()
+        except (OSError, RuntimeError) as error:  # the latter: it leads to itself
+            raise UserError(f"{path}: {error}") from None
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise UserError(f"{path}: a link out of the folder, to {target}")
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: not a file")
     return folder
@@ -298,7 +308,8 @@ def save_pretrained(model, folder, dtype=None):
 class ChatTokenizer:
     """A checkpoint's tokenizer.json with its chat template. Raises UserError where a file is missing or broken.
 
-    eos: the token that ends an answer and is trained as such; stops: all tokens that end one, a set.
+    vocab_size: how many tokens the weights know; eos: the one that ends an answer and is trained as such; stops: all that end
+    one, a set.
     """
 
     def __init__(self, folder):
@@ -316,11 +327,14 @@ class ChatTokenizer:
         for key, text in self.texts.items():
             if not isinstance(text, str):
                 raise UserError(f"{folder / 'tokenizer_config.json'}: {key} is {json.dumps(text)}, not a text")
-        ids = generation.get("eos_token_id", read_json(folder / "config.json").get("eos_token_id"))
+        raw = read_json(folder / "config.json")
+        self.vocab_size, ids = raw.get("vocab_size"), generation.get("eos_token_id", raw.get("eos_token_id"))
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         own = self.tokenizer.token_to_id(self.texts.get("eos_token", ""))
-        if not all(type(token) is int for token in ids):
-            raise UserError(f"{folder}: eos_token_id is {json.dumps(ids)}, not one or several token ids")
+        if type(self.vocab_size) is not int:
+            raise UserError(f"{folder / 'config.json'}: vocab_size is {shown(self.vocab_size)}, not a whole number")
+        if not all(type(token) is int and 0 <= token < self.vocab_size for token in ids):
+            raise UserError(f"{folder}: eos_token_id is {shown(ids)}, not one or several token ids")
         self.stops = {*ids, *([] if own is None else [own])}
         if not self.stops:
             raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json, no eos_token")
@@ -331,13 +345,26 @@ class ChatTokenizer:
             if isinstance(template, list):  # several, each with a name
                 template = {entry["name"]: entry["template"] for entry in template}.get("default")
             self.template = compiled(template) if template else None
-        except (OSError, ValueError, TypeError, KeyError, jinja2.TemplateError) as error:
-            raise UserError(f"{folder}: the chat template: {error}") from None
+        except Exception as error:  # a template can fail in any way
+            raise UserError(f"{folder}: the chat template: {one_line(error, path)}") from None
 
     def encode(self, text, special=True):
-        """Token ids; with the tokens that the tokenizer puts around a text, unless `special` is off or the text has its BOS."""
+        """Token ids; with the tokens that the tokenizer puts around a text, unless `special` is off or the text has its BOS.
+
+        Raises UserError where the checkpoint has no such token, and where a prompt, `special`, has none.
+        """
         begun = "bos_token" in self.texts and text.startswith(self.texts["bos_token"])
-        return self.tokenizer.encode(text, add_special_tokens=special and not begun).ids
+        try:
+            ids = self.tokenizer.encode(text, add_special_tokens=special and not begun).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"the tokenizer refuses {shown(text)}: {error}") from None
+        if max(ids, default=0) >= self.vocab_size:
+            raise UserError(
+                f"the tokenizer makes token {max(ids)} of {shown(text)}, and the vocabulary is of {self.vocab_size:,}"
+            )
+        if special and not ids:
+            raise UserError("a prompt of no token, so that none predicts the first answer token")
+        return ids
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)
@@ -348,7 +375,7 @@ class ChatTokenizer:
             raise UserError("this checkpoint has no chat template, so a prompt must be a text, not a list of messages")
         try:
             return self.template.render(messages=messages, add_generation_prompt=True, **self.texts)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template can fail in any way
             raise UserError(f"the chat template refuses these messages: {error}") from None
 
     def ask(self, problem):
@@ -419,7 +446,7 @@ def run(argv=None):
     parser = command_line(description, prog="python -m full_scale.load_hf")
     parser.add_argument("name", help="hub name, such as Qwen/Qwen2.5-Math-1.5B, or folder")
     parser.add_argument("--prompt", default="What is 17 * 24?", metavar="TEXT", help="what to answer, greedily")
-    parser.add_argument("--tokens", default=64, type=count, metavar="N", help="at most so many of them")
+    parser.add_argument("--tokens", default=64, type=answer_length, metavar="N", help="at most so many of them")
     args = parser.parse_args(argv)
     try:
         with interruptible():
@@ -432,8 +459,8 @@ def run(argv=None):
             stops = torch.tensor(sorted(tokenizer.stops), device=device)
             answer = model.generate(prompt, args.tokens, stops, tokenizer.eos, temperature=0)[0].tolist()
             print(f"\n{args.prompt}\n  {tokenizer.decode(answer).strip()}")
-    except (UserError, torch.OutOfMemoryError) as error:
-        print(f"{parser.prog}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        print(f"{parser.prog}: error: {one_line(error, args.name)}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as signalled:
         print("interrupted: nothing was written", file=sys.stderr)

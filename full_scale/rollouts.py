@@ -20,13 +20,24 @@ import os
 import random
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from math_verify import parse, verify
 
-from files import Interrupted, UserError, field, interruptible, locked, one_line, read_json, read_lines, shown, write_json
-from options import NO_DEFAULT, command_line, count, natural, not_negative
+from files import (
+    Interrupted,
+    UserError,
+    field,
+    interruptible,
+    locked,
+    one_line,
+    printable_path,
+    read_json,
+    read_lines,
+    shown,
+    write_json,
+)
+from options import NO_DEFAULT, answer_length, command_line, count, natural, zero_or_temperature
 from stages import digest, progress
 
 from .load_hf import ChatTokenizer, checkpoint_key, fetch, load_pretrained
@@ -38,7 +49,10 @@ AT_ONCE = 64  # sequences that model.py samples together
 
 
 def message_text(line, name, tokenizer):
-    """A prompt or completion as text: as it is, or, of a list of messages, by the chat template or the answer's content."""
+    """A prompt or completion as text: as it is, or, of a list of messages, by the chat template or the answer's content.
+
+    Raises ValueError, UserError.
+    """
     if name not in line:
         raise ValueError(f"no {name}")
     value, asked = line[name], name == "prompt"
@@ -48,14 +62,11 @@ def message_text(line, name, tokenizer):
     texts = messages and all(isinstance(message.get(key), str) for message in value for key in ("role", "content"))
     if not texts or (not asked and len(value) > 1):
         raise ValueError(f"{name} is {shown(value)}, neither a text nor {'a list of messages' if asked else 'one message'}")
-    try:
-        return tokenizer.render(value) if asked else value[0]["content"]
-    except UserError as error:
-        raise ValueError(str(error)) from None
+    return tokenizer.render(value) if asked else value[0]["content"]
 
 
 def rollouts_of(line, tokenizer):
-    """A line's object -> its rows {"prompt", "completion", "label", "finished"}, a pair's are two. Raises ValueError."""
+    """A line's object -> its rows {"prompt", "completion", "label", "finished"}, a pair's two. Raises ValueError, UserError."""
     prompt, rows = message_text(line, "prompt", tokenizer), []
     for name in ("chosen", "rejected") if "chosen" in line else ("completion",):
         completion = message_text(line, name, tokenizer)
@@ -189,6 +200,8 @@ def sample_problems(args):
         os.truncate(args.out, len(whole) + bool(whole))  # a line torn by an interruption is sampled again
         rows = read_lines(args.out, sampled_row) if whole else []
     have = collections.Counter(row["problem_id"] for row in rows)
+    if any(i not in range(len(problems)) or found > args.n for i, found in have.items()):
+        raise UserError(f"{args.out}: has rollouts of other problems, or more than {args.n} of one")
     todo = [i for i in range(len(problems)) if have[i] < args.n]
     if rows:
         print(f"resuming {args.out}: {len(rows)} of {args.n * len(problems)} rollouts are there")
@@ -217,11 +230,17 @@ def add_flags(parser, n, temperature):
     """The flags of rollouts.py and evaluate.py."""
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help=f"hub name or folder of the checkpoint that answers{NO_DEFAULT}")
-    add("--problems", required=True, type=Path, metavar="FILE", help=f"JSON lines: a problem and its answer each{NO_DEFAULT}")
+    add(
+        "--problems",
+        required=True,
+        type=printable_path,
+        metavar="FILE",
+        help=f"JSON lines: a problem and its answer each{NO_DEFAULT}",
+    )
     add("--fields", nargs=2, default=["problem", "answer"], metavar=("PROBLEM", "ANSWER"), help="names of these two fields")
     add("--n", default=n, type=count, help="samples of each problem")
-    add("--temperature", default=temperature, type=not_negative, metavar="X", help="0: the most likely token")
-    add("--max-tokens", default=2048, type=count, metavar="N", help="longest answer")
+    add("--temperature", default=temperature, type=zero_or_temperature, metavar="X", help="0: the most likely token")
+    add("--max-tokens", default=2048, type=answer_length, metavar="N", help="longest answer")
     add("--engine", default="auto", choices=["auto", "vllm", "own"], help="auto: vLLM where it and a GPU are, else model.py")
     add("--gpus", default=1, type=count, metavar="N", help="that vLLM spreads the model over; model.py takes one")
     add("--at-once", default=64, type=count, metavar="N", help="problems sampled before their lines are written")
@@ -235,7 +254,11 @@ def run(argv=None, parser=None, n=8, temperature=1.0, report=None):
     parser = parser or command_line(description, prog="python -m full_scale.rollouts")
     add_flags(parser, n, temperature)
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help=f"rollouts; an interrupted command goes on there{NO_DEFAULT}"
+        "--out",
+        required=True,
+        type=printable_path,
+        metavar="FILE",
+        help=f"rollouts; an interrupted command goes on there{NO_DEFAULT}",
     )
     args = parser.parse_args(argv)
     try:

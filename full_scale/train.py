@@ -11,6 +11,7 @@ Left out: grpo, which samples at every step; packing of several rows into one (b
 
 import argparse
 import contextlib
+import copy
 import functools
 import hashlib
 import math
@@ -40,8 +41,10 @@ from files import (
     interruptible,
     locked,
     one_line,
+    printable_path,
     read_beside,
     read_json,
+    remove_leftovers,
     set_updates,
     training_tensors,
     updates,
@@ -55,12 +58,13 @@ from options import (
     NO_DEFAULT,
     add_method_flags,
     check_method_flags,
+    check_rows,
     command_line,
     count,
+    learning_rate,
     method_words,
     methods,
     natural,
-    positive,
 )
 from results import FORMAT
 from stages import adamw, digest, progress, warmup_cosine
@@ -81,6 +85,8 @@ from .rollouts import read_rollouts
 CHUNK = 256  # positions whose logits exist at once
 MONITORED = 32  # correct, and as many incorrect, rows whose log-probabilities are logged
 SHARD_BYTES = 2**30
+BEGINNING = {"step": 0, "seconds": 0.0, "trained": 0, "below": [0, 0], "skipped": 0, "interval": [], "log": []}  # of a run
+CHECKPOINTS = ("checkpoint", "checkpoint.part", "checkpoint.old")
 
 
 # --- log-probabilities without a (B, T, V) tensor
@@ -158,8 +164,6 @@ def read_data(args, tokenizer):
 
     def tokenized(row):
         prompt, completion = encoded(row["prompt"]), tokenizer.encode(row["completion"], special=False)
-        if not prompt:
-            raise ValueError("a prompt of no token, so that none predicts the first answer token")
         if row["finished"] and not (completion and completion[-1] in tokenizer.stops):
             completion.append(tokenizer.eos)
         if len(prompt) + len(completion) > args.max_length:
@@ -457,27 +461,34 @@ def settings_of(args, method, data, folder):
 
 
 def read_state(folder):
-    """state.json of a checkpoint all of whose files are there, else None."""
+    """state.json of a checkpoint all of whose files are there, else None; UserError where it should be whole and is not."""
     with contextlib.suppress(UserError, OSError, KeyError):
         state = read_json(folder / "state.json")
-        if all((folder / name).stat().st_size == size for name, size in state["files"].items()):
+        whole = all((folder / name).stat().st_size == size for name, size in state["files"].items())
+        if whole and state.keys() >= BEGINNING.keys() | {"updates"}:
             return state
+    if folder.name == "checkpoint" and folder.exists():  # the other two may be half-written or half-removed
+        raise UserError(f"{folder}: damaged; --no-resume begins anew")
     return None
 
 
-def resume(model, optimizer, folder):
+def resume(args, model, optimizer, folder):
     """Load the checkpoint of an interrupted run, if there is one -> its state, or that of a run's beginning.
 
-    An interruption while one took the other's place leaves it under its temporary name, or the old one under its own.
+    An interruption while one took the other's place leaves it under its temporary name, or the old one under its own. Raises
+    UserError.
     """
-    states = agreed({name: read_state(folder / name) for name in ("checkpoint", "checkpoint.part", "checkpoint.old")})
-    states = {name: state for name, state in states.items() if state}
-    if not states:
-        return {"step": 0, "seconds": 0.0, "trained": 0, "below": [0, 0], "skipped": 0, "interval": [], "log": []}
-    name = max(states, key=lambda name: states[name]["step"])
-    if dist.get_rank() == 0:
-        for other in {"checkpoint", "checkpoint.part", "checkpoint.old"} - {name}:
+    states, first = {}, dist.get_rank() == 0
+    if first and args.resume:
+        states = {name: state for name in CHECKPOINTS if (state := read_state(folder / name))}
+    states = agreed(states)
+    name = max(states, key=lambda name: states[name]["step"]) if states else None
+    if first:
+        for other in set(CHECKPOINTS) - {name}:
             shutil.rmtree(folder / other, ignore_errors=True)
+    if not states:
+        return copy.deepcopy(BEGINNING)
+    if first:
         (folder / name).rename(folder / "checkpoint")
     dist.barrier()
     tensors = training_tensors(model, optimizer)
@@ -530,6 +541,7 @@ def train(args, mesh):
     run_folder = args.out / "-".join([*words, digest(settings)])
     if agreed((run_folder / "model" / "config.json").exists()):
         say(f"already finished: {run_folder}")
+        shutil.rmtree(run_folder / "checkpoint", ignore_errors=True)  # left by an end just after the result was written
         return
 
     lock = locked(args.out / "cache" / f"{run_folder.name}.lock", run_folder)
@@ -554,7 +566,7 @@ def fit(args, settings, data, folder, run_folder, mesh):
     reference = Reference(args, model, data, f"{settings['checkpoint']} {settings['data']}", mesh)
     optimizer = adamw(model, args.lr)
     run_folder.mkdir(parents=True, exist_ok=True)
-    state = resume(model, optimizer, run_folder)
+    state = resume(args, model, optimizer, run_folder)
     say(f"training      {run_folder}")
     resumed, first = state["step"], dist.get_rank() == 0
     if first:
@@ -572,11 +584,11 @@ def fit(args, settings, data, folder, run_folder, mesh):
                 if first:
                     write_csv(run_folder / "log.csv", state["log"])
                 state["interval"] = []
-            stopping = step < args.steps and summed(torch.tensor(len(interrupted), device=reference.device)) > 0
+            stopping = step < args.steps and stopped(interrupted, reference.device)
             if step > resumed and (step % args.save_every == 0 or step == args.steps or stopping):
                 save_checkpoint(model, optimizer, run_folder, {**state, "step": step})
             if stopping:
-                raise Interrupted(agreed(interrupted[0] if interrupted else signal.SIGTERM))
+                raise Interrupted(stopping)
             if step == args.steps:
                 break
             began = time.time()
@@ -600,6 +612,15 @@ def fit(args, settings, data, folder, run_folder, mesh):
     if first:
         shutil.rmtree(run_folder / "checkpoint")
     say(f"checkpoint    {run_folder / 'model'}")
+    if stopping := stopped(interrupted, reference.device):
+        raise Interrupted(stopping)
+
+
+def stopped(interrupted, device):
+    """The signal that some process caught, the same in every one, or None."""
+    if summed(torch.tensor(len(interrupted), device=device)) > 0:
+        return agreed(interrupted[0] if interrupted else signal.SIGTERM)
+    return None
 
 
 def log_row(args, model, data, reference, monitored, lam, state, step):
@@ -635,13 +656,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("checkpoint and data").add_argument
     add("--init", required=True, metavar="NAME", help="hub name or folder of the checkpoint, which is the "
         f"reference policy too{NO_DEFAULT}")  # fmt: skip
-    add("--data", required=True, type=Path, metavar="FILE", help="rollouts of it, JSON lines: prompt, completion, label, or "
-        f"prompt, chosen, rejected{NO_DEFAULT}")  # fmt: skip
+    add("--data", required=True, type=printable_path, metavar="FILE", help="rollouts of it, JSON lines: prompt, completion, "
+        f"label, or prompt, chosen, rejected{NO_DEFAULT}")  # fmt: skip
     add("--max-length", default=2560, type=count, metavar="N", help="tokens; a longer row is a bad line")
     add("--skip-bad-lines", action="store_true", help="go on without the rollouts' bad lines")
     add = parser.add_argument_group("training").add_argument
     add("--steps", default=500, type=count, metavar="N", help="optimizer steps")
-    add("--lr", default=1e-6, type=positive, metavar="X", help="AdamW's highest learning rate")
+    add("--lr", default=1e-6, type=learning_rate, metavar="X", help="AdamW's highest learning rate")
     add("--warmup", default=10, type=natural, metavar="N", help="steps of linear warm-up, before a cosine to 0")
     add("--batch-size", default=64, type=count, metavar="N", help="rows a step over all GPUs, half of them correct")
     add("--micro-batch", default=2, type=count, metavar="N", help="rows that a GPU takes at once; gradients accumulate")
@@ -654,15 +675,12 @@ def parse_args(argv=None):
     add("--reference", default="cached", choices=["cached", "live"], help="its hidden states, from disk or from a second model")
     add("--recompute", default=True, action=argparse.BooleanOptionalAction, help="activations in backward: less memory")
     add("--eval-every", default=10, type=count, metavar="N", help="steps between rows of log.csv")
-    add(
-        "--save-every",
-        default=100,
-        type=count,
-        metavar="N",
-        help="steps between checkpoints, from which the same command resumes",
-    )
-    add("--out", default="runs", type=Path, metavar="FOLDER", help="folder of the runs and of the reference's cache")
+    add("--save-every", default=100, type=count, metavar="N", help="steps between checkpoints")
+    add("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on with an interrupted run from its last "
+        "checkpoint, or begin it anew")  # fmt: skip
+    add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder of the runs and of the reference's cache")
     args = parser.parse_args(argv)
+    check_rows(parser, args)
     check_method_flags(parser, args)
     if len(methods(args)) > 1:
         parser.error("one method a run: one value for each of its flags")
@@ -682,6 +700,8 @@ def run(argv=None):
     mesh, code = start_processes(), 0
     try:
         (args.out / "cache").mkdir(parents=True, exist_ok=True)
+        if dist.get_rank() == 0:
+            remove_leftovers(args.out)
         with interruptible():
             train(args, mesh)
     except (UserError, NonFiniteError, OSError, torch.OutOfMemoryError) as error:

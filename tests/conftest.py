@@ -1,5 +1,7 @@
 """Tests run offline, from any folder, on one thread each, and without drawing on a screen."""
 
+import contextlib
+import io
 import os
 import signal
 import sys
@@ -17,12 +19,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The output folder and the printed text of a ten-step run of both losses."""
-    from test_train import TINY, command
+    from test_train import TINY
 
-    out = tmp_path_factory.mktemp("runs") / "new" / "runs"
-    result = command("--loss", "off_rl", "fpa", "--lam", "2", *TINY, "--out", out)
-    assert result.returncode == 0, result.stderr
-    return out, result.stdout
+    import train  # after the thread is set
+
+    out, printed = tmp_path_factory.mktemp("runs") / "new" / "runs", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        train.run(["--loss", "off_rl", "fpa", "--lam", "2", *TINY, "--out", str(out)])
+    return out, printed.getvalue()
 
 
 @pytest.fixture(scope="session")

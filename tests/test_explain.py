@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from test_train import TINY
+from test_train import TINY, refusal
 
 import explain
+import train
 from options import WITH_FPA_FORM
 
 
@@ -34,10 +35,14 @@ def numbers(screen, name, start=""):
 @pytest.mark.parametrize("loss", WITH_FPA_FORM)
 def test_the_screen_adds_up(loss, out):
     screen = screen_of(out, loss)
-    gained = {"π": 0.0, "π̂": 0.0}  # what the step is for, to first order: r C times the change of logp_sum
+    ratios, gained = (
+        [],
+        {"π": 0.0, "π̂": 0.0},
+    )  # the latter: what the step is for, to first order: r C times the change of logp_sum
     for name, reward in (("correct", 1), ("incorrect", -1)):
         ((length, pi, pi_hat, present, future, ratio),) = numbers(screen, name)
         assert 0 < pi < 1 and 0 <= pi_hat < 1 and length > 5
+        ratios.append(ratio)
         assert ratio == pytest.approx(future / present, abs=0.01 + 1e-5 / present)
         if loss in ("off_rl", "fpa", "simper"):
             assert present == pytest.approx(pi / length, abs=1e-4) and future == pytest.approx(pi_hat / length, abs=1e-4)
@@ -48,7 +53,7 @@ def test_the_screen_adds_up(loss, out):
             gained[symbol] += reward * coefficient * total
             marks = re.findall(rf"^  C\({symbol}\) +(\S+)$", screen, flags=re.M)
             assert len(marks) == 2 and len(text) in map(len, marks)
-    assert gained["π"] > 0 and gained["π̂"] >= 0
+    assert ratios != [1, 1] and gained["π"] > 0 and gained["π̂"] >= 0
     assert ("off_rl" if loss == "fpa" else loss) in screen.splitlines()[-1]
 
 
@@ -58,6 +63,22 @@ def test_lambda_0_is_the_plain_loss(out):
     for name in ("correct", "incorrect"):
         assert numbers(screen, name)[0][-1] == 1
         assert numbers(screen, name, r"C\(π\)") == numbers(screen, name, r"C\(π̂\)")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_explained_is_one_line(out, monkeypatch, capsys):
+    words = ["--explain", "fpa", *TINY, "--out", out]
+    code, error = refusal(train.run, [*words, "--lam", "1e300"], capsys)
+    assert code == 3 and error == "train.py: error: the step at λ = 1e+300 is not finite\n"
+    prepare = explain.prepare
+
+    def none_clean(*arguments):
+        base, data, *problems = prepare(*arguments)
+        return base, {**data, "clean": torch.zeros_like(data["clean"])}, *problems
+
+    monkeypatch.setattr(explain, "prepare", none_clean)
+    code, error = refusal(train.run, words, capsys)
+    assert code == 2 and "no correct rollout without a wrong step" in error and error.count("\n") == 1
 
 
 def test_marks_are_shares_of_the_largest_change():

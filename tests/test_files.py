@@ -119,6 +119,7 @@ MODEL = GPTConfig(vocab_size=8, d_model=4, n_layers=1, n_heads=1, n_kv_heads=1, 
 WEIGHTS = save({f"model.{name}": torch.zeros(t.shape) for name, t in empty_model(MODEL).state_dict().items()})
 
 
+@pytest.mark.slow
 @anything(NOISE | st.tuples(st.integers(0, len(WEIGHTS) - 1), st.binary(min_size=1, max_size=16)))
 def test_weights_of_noise_are_read_or_refused(place, change):
     content = change if isinstance(change, bytes) else WEIGHTS[: change[0]] + change[1] + WEIGHTS[change[0] + len(change[1]) :]
@@ -160,6 +161,7 @@ SETTINGS |= {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
 OPTIONAL = ("num_key_value_heads", "head_dim", "rope_parameters", "rope_theta", "rope_scaling", "tie_word_embeddings")
 
 
+@pytest.mark.slow
 @anything(st.fixed_dictionaries({}, optional={name: JSON | st.integers(1, 2**70) for name in (*SETTINGS, *OPTIONAL)}))
 def test_a_config_with_anything_in_it_is_read_or_refused(place, fields):
     refused_or(published_config, {**SETTINGS, **fields}, place / "config.json")
@@ -237,6 +239,19 @@ def test_what_is_no_file_is_named(kind, tmp_path):
         files.read_lines(path, dict)
 
 
+def test_a_cache_whose_facts_were_edited_is_refused(tmp_path):
+    path = tmp_path / "rollouts-1.jsonl"
+    path.write_text("{}\n")
+    files.write_beside(path, {"share_correct": 0.1 + 0.2, "seconds": 1})
+    assert files.read_beside(path) == {"share_correct": 0.1 + 0.2, "seconds": 1}
+    for old, new in (('"seconds": 1', '"seconds": 2'), ('"seconds": 1,', ""), ("{", '{"more": 1,')):
+        text = path.with_suffix(".json").read_text()
+        path.with_suffix(".json").write_text(text.replace(old, new))
+        with pytest.raises(files.UserError, match=f"^{path}: damaged or edited"):
+            files.read_beside(path)
+        path.with_suffix(".json").write_text(text)
+
+
 def test_a_bad_row_in_the_toys_cache_is_named_before_any_work(finished, tmp_path, capsys):
     shutil.copytree(finished[0] / "cache", tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
@@ -262,7 +277,23 @@ BAD_RUNS = {
     "an empty log": ({"log.csv": ""}, "no finished run below"),
     "not UTF-8": ({"log.csv": b"\xff\n"}, "no finished run below"),
     "a log without steps": ({"log.csv": "accuracy\n1\n"}, "no finished run below"),
-}
+    "a log without a column": ({"log.csv": lambda text: text.replace("accuracy_greedy", "greedy")}, "no finished run below"),
+    "a word in the log": ({"log.csv": lambda text: text.replace("\n50,", "\n50,low", 1)}, "no finished run below"),
+    "a long cell": ({"log.csv": lambda text: text.replace("\n50,", f"\n{'5' * 200_000},", 1)}, "no finished run below"),
+    "brackets": ({"config.json": "[" * 10**5}, "no finished run below"),
+    "a torn table": ({"entanglement.csv": "step,cosine\n0,0."}, "no finished run below"),
+    "no lr": ({"config.json": lambda text: text.replace('"lr"', '"rate"')}, "no finished run below"),
+    **{
+        f"another {name}": ({"config.json": lambda text, n=name, v=value: edited(text, n, v)}, "no finished run below")
+        for name, value in {
+            "lr": "x", "loss": "ppo", "seed": [1], "beta": "x", "lam": "x", "eval_temperature": "x", "steps": None,
+        }.items()
+    },
+}  # fmt: skip
+
+
+def edited(text, name, value):
+    return json.dumps({**json.loads(text), name: value})
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_RUNS.values(), ids=BAD_RUNS)
@@ -270,8 +301,9 @@ def test_bad_logs_are_named(change, message, tmp_path, capsys):
     (source,) = (ROOT / "logs").glob("fpa-lam2-both-prompts1024-steps1000-lr0.0002-seed0-*")
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)
-    for name in ("config.json", "log.csv") if change else ():
-        content = change.get(name, (source / name).read_bytes())
+    for name in {"config.json", "log.csv", *change} if change else ():
+        content = change.get(name, lambda text: text)
+        content = content((source / name).read_text()) if callable(content) else content
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     code, error = refusal(plots.run, [tmp_path / "runs", "--to", tmp_path / "figures"], capsys)
     lines = error.splitlines()

@@ -167,7 +167,7 @@ DAMAGES = {
     "heads": (lambda f: change_config(f, num_attention_heads=5, head_dim=None), "d_model 32 must split"),
     "text for a number": (lambda f: change_config(f, num_attention_heads="4"), 'num_attention_heads is "4", not a whole'),
     "no width": (lambda f: change_config(f, hidden_size=None), "hidden_size is null, not a whole number"),
-    "negative": (lambda f: change_config(f, vocab_size=-1), "vocab_size is -1, not a whole number of at least 1"),
+    "negative": (lambda f: change_config(f, vocab_size=-1), "vocab_size is -1, not a whole number from 1 to 2,147,483,647"),
     "no epsilon": (lambda f: change_config(f, rms_norm_eps=None), "rms_norm_eps is null, not a number above 0"),
     "rope of another kind": (lambda f: change_config(f, rope_parameters=[1]), "rope_parameters is [1], not an object"),
     "rope without factor": (lambda f: change_config(f, rope_parameters={"rope_type": "llama3"}), "factor is null, not a"),
@@ -240,7 +240,16 @@ HOSTILE = {
         lambda f: header(f, {n: {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]} for n in "ab"}), "not a whole s"),
     "header of noise": (lambda f: header(f, b"\x80\x04\x95pickle"), "not a whole s"),
     "sparse terabytes": (lambda f: sparse(f, 2**42), "model.safetensors: "),  # its shape, or that it cannot be mapped
-    "more layers than memory": (lambda f: change_config(f, num_hidden_layers=2**31 - 1), "fp32, and this machine"),
+    "more layers than memory": (
+        lambda f: change_config(f, num_hidden_layers=1000, intermediate_size=2**31 - 1), "fp32, and this machine"),
+    "layers without end": (lambda f: change_config(f, num_hidden_layers=10**8), "not a whole number from 1 to 1,000"),
+    "number beyond floats": (lambda f: change_config(f, rms_norm_eps=10**400), "…, not a number above 0"),
+    "angle beyond floats": (
+        lambda f: change_config(f, rope_parameters={"rope_type": "default", "rope_theta": 10**400}), "…, not a number above 0"),
+    "end beyond the vocabulary": (
+        lambda f: (f / "generation_config.json").write_text(f'{{"eos_token_id": {2**70}}}'), "eos_token_id is [1180591620717"),
+    "weights that are not finite": (
+        lambda f: change_tensor(f, lambda t: t["model.norm.weight"].fill_(math.nan)), "model.norm.weight has values that are"),
     "more words than memory": (lambda f: change_config(f, vocab_size=2**31 - 1, hidden_size=2**20), "fp32, and this machine"),
     "sizes that overflow": (
         lambda f: change_config(f, vocab_size=2**31 - 1, hidden_size=2**30, intermediate_size=2**31 - 1, num_attention_heads=2,
@@ -262,6 +271,14 @@ HOSTILE = {
         lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), "config.json: not a file"),
     "template that reaches for classes": (
         lambda f: (f / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1] }}"), "the chat template"),
+    "template that divides by zero": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "the chat template refuses these messages: division"),
+    "template without end": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ 'a' * 10**15 }}"), "the chat template refuses these messages"),
+    "template of brackets": (lambda f: (f / "chat_template.jinja").write_text("{{" + "(" * 5000), "the chat template: "),
+    "weights that are a link to themselves": (
+        lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").symlink_to("model.safetensors")),
+        "model.safetensors: "),
     "template of bytes": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "the chat template"),
     "templates without names": (
         lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": [{}]}'), "the chat template: 'name'"),
@@ -314,6 +331,24 @@ def test_a_text_that_has_its_bos_gets_no_second_one(tmp_path):
     assert ours.encode("1")[0] == 0
     assert ours.encode("<|bos|>1") == ours.encode("1")
     assert ours.encode("1", special=False) == ours.encode("1")[1:]
+
+
+def test_a_text_that_the_checkpoint_has_no_tokens_for_is_refused(tmp_path):
+    make_checkpoint(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    larger = tokenizers.Tokenizer.from_file(str(path))
+    larger.add_tokens(["<|more|>"] + [f"<|{i}|>" for i in range(1000)])
+    larger.save(str(path))
+    ours = ChatTokenizer(tmp_path)
+    assert ours.encode("1+1")
+    with pytest.raises(UserError, match=r"the tokenizer makes token \d+ of \"1<\|999\|>\", and the vocabulary is of "):
+        ours.encode("1<|999|>")
+    with pytest.raises(UserError, match="a prompt of no token"):
+        ours.encode("")
+    assert ours.encode("", special=False) == []
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<|im_end|>": 1}, unk_token="?")).save(str(path))
+    with pytest.raises(UserError, match='the tokenizer refuses "b": '):
+        ChatTokenizer(tmp_path).encode("b")
 
 
 def test_the_loader_says_what_a_checkpoint_is(checkpoint, capsys):
@@ -428,6 +463,7 @@ BAD_LINES = {
         "line 2: the chat template refuses these messages: no such role",
     ),
     "finished": ({"prompt": "a", "completion": "b", "label": True, "finished": "no"}, 'line 2: finished is "no"'),
+    "nested": ('{"prompt": "a", "completion": "b", "label": ' + "[" * 985 + "]" * 985 + "}", "line 2: "),
 }
 
 

@@ -321,13 +321,22 @@ def test_a_checkpoint_that_was_being_replaced_is_taken_up(moment, checkpoint, al
     assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
 
 
-def test_a_checkpoint_without_one_of_its_files_is_not_taken_up(checkpoint, alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", ["a file is gone", "torn state", "empty state"])
+def test_a_checkpoint_that_is_not_whole_is_refused(damage, checkpoint, alone, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         kill_at(patch, lambda: saved_step(tmp_path) == 4)
         interrupt(checkpoint, tmp_path)
-    next(tmp_path.glob("*/checkpoint/*.safetensors")).unlink()
-    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
-    assert "resuming" not in done.stdout
+    (folder,) = tmp_path.glob("*/checkpoint")
+    if damage == "a file is gone":
+        next(folder.glob("*.safetensors")).unlink()
+    else:
+        (folder / "state.json").write_text("{" if damage == "torn state" else '{"files": {}}')
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK]
+    done = run_module("train", *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"error: {folder}: damaged; --no-resume begins anew" in done.stderr
+    done = run_module("train", *flags, "--no-resume")
+    assert done.returncode == 0 and "resuming" not in done.stdout
     assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
 
 
@@ -360,6 +369,27 @@ def test_ctrl_c_finishes_the_step_and_saves(number, checkpoint, tmp_path, monkey
     done = run_module("train", *flags)
     assert "from step 3" in done.stdout
     same(log_of(tmp_path / "stopped"), expected)
+
+
+def test_a_signal_in_the_last_step_is_not_lost(checkpoint, tmp_path, monkeypatch):
+    original = full_scale.train.log_row
+
+    def signalled(*arguments):
+        if arguments[-1] == int(QUICK[QUICK.index("--steps") + 1]):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK]
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "sums.safetensors.99999999999999999999.part").touch()  # no process has this number
+    with monkeypatch.context() as patch:
+        patch.setattr(full_scale.train, "log_row", signalled)
+        done = run_module("train", *flags)
+    assert done.returncode == 143 and done.stderr.count("\n") == 1, done.stderr
+    (folder,) = tmp_path.glob("*/model")
+    (folder.parent / "checkpoint").mkdir()  # as a kill just before its removal leaves it
+    done = run_module("train", *flags)
+    assert done.returncode == 0 and "already finished" in done.stdout and not (folder.parent / "checkpoint").exists()
 
 
 def test_other_data_or_weights_are_another_run(checkpoint, tmp_path):
@@ -397,7 +427,7 @@ def test_the_end_is_trained_once(checkpoint, tmp_path):
     assert tokens[0] == tokens[1] == tokens[2] + 32
 
 
-def test_plots_draws_the_log(alone, tmp_path):
+def test_plots_draws_the_log(checkpoint, alone, tmp_path):
     command = [sys.executable, "plots.py", str(alone[0]), "--to", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -408,6 +438,10 @@ def test_plots_draws_the_log(alone, tmp_path):
     shutil.copytree(toy, both / toy.name)
     done = subprocess.run([*command[:2], str(both), *command[3:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    train(checkpoint, tmp_path / "off_rl", "--loss", "off_rl")  # whose rollouts no overlap was measured of
+    command[2] = str(tmp_path / "off_rl")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 BAD_COMMANDS = {
@@ -417,13 +451,15 @@ BAD_COMMANDS = {
     "--loss sft --lam 1": "argument --lam: sft has none",
     "--micro-batch 3": "argument --micro-batch: must be even",
     "--micro-batch 16 --batch-size 8": "divide --batch-size 8",
-    "--lr 0": "argument --lr: must be a finite number above 0",
+    "--lr 0": "argument --lr: must be a number above 0 and at most 1",
     "--init nowhere/at all": "nowhere/at all: no such folder, nor from the hub",
     "--data nowhere.jsonl": "nowhere.jsonl: No such file",
     "--max-length 3": "32 of 32 lines are bad: line 1: ",
     "--max-length 3 --skip-bad-lines": "32 of 32 lines are bad: line 1: ",
     "--skip-nonfinite x": "argument --skip-nonfinite: must be a whole number",
     "--save-every 0": "argument --save-every: must be a whole number",
+    "--steps 1000000000": "argument --steps: times --batch-size must be at most 100,000,000",
+    "--lr 1e300": "argument --lr: must be a number above 0 and at most 1",
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_train import TINY, command, folders, read_log, refusal, without_seconds
+from test_train import TINY, command, edit_cache, folders, read_log, refusal, without_seconds
 
 import files
 import options
@@ -187,9 +187,7 @@ def test_a_checkpoint_of_other_data_or_diagnostics_is_not_taken_up(whole, out, m
     killed_before(40, monkeypatch, train, "training_step", words)
     assert "resuming" not in capsys.readouterr().out
     (path,) = (out / "cache").glob("rollouts-*.jsonl")
-    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    facts = files.read_json(path.with_suffix(".json"))
-    files.write_beside(path, facts)
+    edit_cache(out, lambda text: "".join(reversed(text.splitlines(keepends=True))))
     train.run(words)
     assert "resuming" not in capsys.readouterr().out and contents(out) != contents(whole)
 
@@ -239,7 +237,7 @@ def test_a_checkpoint_is_all_of_model_and_optimizer(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["cut", "noise", "no state", "other sizes"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "one bit", "no state", "other sizes", "other device"])
 def test_a_damaged_checkpoint_is_one_line(damage, few, out, monkeypatch, capsys):
     words = [*FULL, "--out", str(out)]
     killed_before(20, monkeypatch, train, "training_step", words)
@@ -248,12 +246,21 @@ def test_a_damaged_checkpoint_is_one_line(damage, few, out, monkeypatch, capsys)
         os.truncate(path, path.stat().st_size // 2)
     elif damage == "noise":
         path.write_bytes(random.Random(0).randbytes(5000))
+    elif damage == "one bit":
+        content = bytearray(path.read_bytes())
+        content[-2000] ^= 1
+        path.write_bytes(content)
     elif damage == "no state":
         files.write_tensors(path, load_file(path))
     else:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        files.write_tensors(path, {**load_file(path), "weight.norm.weight": torch.ones(3)}, metadata)
+            state = file.metadata()["state"]
+        tensors = load_file(path)
+        if damage == "other sizes":
+            tensors["weight.norm.weight"] = torch.ones(3)
+        else:
+            state = state.replace('"device": "cpu"', '"device": "cuda"')
+        files.write_tensors(path, tensors, {"state": state, "sha256": files.content_checksum(state, tensors)})
     code, error = refusal(train.run, words, capsys)
     assert code == 2 and str(path) in error and error.count("\n") == 1
     train.run([*words, "--no-resume"])
@@ -364,6 +371,38 @@ def test_a_second_run_is_refused_with_the_pid_of_the_first(out):
         pass
 
 
+def test_a_stage_that_another_process_makes_is_waited_for(tmp_path, capsys):
+    path, order = tmp_path / "base.lock", []
+
+    def hold():
+        with files.locked(path, "the base model"):
+            order.append("held")
+            time.sleep(0.5)
+            order.append("left")
+
+    with ThreadPoolExecutor(1) as other:
+        holding = other.submit(hold)
+        while not order:
+            time.sleep(0.01)
+        with files.locked(path, "the base model", wait=True):
+            order.append("ours")
+            assert path.exists()
+        holding.result()
+    assert order == ["held", "left", "ours"] and not path.exists()
+    assert capsys.readouterr().out == f"waiting: the base model is being worked on by process {os.getpid()}\n"
+
+
+@pytest.mark.slow
+def test_two_commands_at_once_share_their_stages(tmp_path):
+    both = [start(*TINY, "--loss", loss, "--out", tmp_path) for loss in ("fpa", "sft")]
+    printed = []
+    for process in both:
+        printed.append(process.communicate(timeout=100)[0])
+        assert process.returncode == 0
+    assert sum(line.startswith("base model") and "cached" in line for text in printed for line in text.splitlines()) == 1
+    assert all(float(read_log(folder)[0]["logratio_correct"]) == 0 for folder in folders(tmp_path))
+
+
 # --- disks and folders
 
 
@@ -438,8 +477,15 @@ def test_what_dead_processes_leave_is_removed(tmp_path):
     for path in left:
         path.write_text("")
     (tmp_path / "run" / "checkpoint.part").mkdir()
+    odd = [tmp_path / f"log.csv.{name}.part" for name in ("9" * 20, "²³")]
+    for path in odd:
+        path.write_text("")
     files.remove_leftovers(tmp_path)
-    assert [path.exists() for path in left] == [False, True] and (tmp_path / "run" / "checkpoint.part").exists()
+    assert (
+        all(path.exists() for path in odd)
+        and [path.exists() for path in left] == [False, True]
+        and (tmp_path / "run" / "checkpoint.part").exists()
+    )
 
 
 # --- caches

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import files
 import losses
 import options
+import plots
 import results
 import stages
 import train
@@ -447,7 +448,7 @@ BAD_FLAGS = [
     ("--loss fpa --dapo", "--dapo"),
     ("--loss grpo --rollouts 1", "--rollouts"),
     ("--loss grpo --batch-size 62", "--rollouts"),
-    ("--ops 1 --prompts 5000", "5000"),
+    ("--ops 1 --prompts 2300", "2300"),
     ("--steps 1e3", "--steps"),
     ("--steps 2000000", "--steps"),  # times --batch-size
     ("--steps 99999999999", "--steps"),
@@ -465,6 +466,9 @@ BAD_FLAGS = [
     ("--weight -1", "--weight"),
     ("--loss rpo --alpha nan", "--alpha"),
     ("--explain sft", "--explain"),
+    ("--explain dpo --alpha 2", "--alpha"),
+    ("--lr 1e300", "--lr"),
+    ("--eval-temperature 1e-40", "--eval-temperature"),
     ("fpa", "fpa"),  # without its flag
     ("--seed ٣x", "--seed"),
 ]
@@ -492,6 +496,18 @@ def test_an_output_folder_that_is_a_file(tmp_path, capsys):
         code, error = refusal(train.run, [*TINY, "--out", "/proc/runs"], capsys)
         assert code == 2 and error.count("\n") == 1 and "/proc" in error
     assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x" * 300, "\udcff"])
+def test_an_output_folder_that_no_line_can_name(name, tmp_path, capsys):
+    for run, words in ((train.run, ["--out", tmp_path / name]), (plots.run, [tmp_path / name])):
+        code, error = refusal(run, words, capsys)
+        assert code == 2 and error.count("\n") == 1 and repr(name)[1:-1] in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_minus_zero_is_zero():
+    assert str(options.parse_args(["--lam", "0", "-0.0"]).lam) == "[0.0, 0.0]"
 
 
 @pytest.mark.parametrize("label, missing", [(True, "incorrect"), (False, "correct")])
