@@ -106,6 +106,7 @@ ROW = {"prompt": "47+8*3?", "completion": "47+8=55;55*3=65;#65", "label": True, 
 ROW |= {"first_wrong_step": None, "finished": True}
 
 
+@pytest.mark.slow
 @anything(st.fixed_dictionaries({}, optional={name: JSON for name in ROW}))
 def test_rows_with_anything_in_their_fields_are_read_or_refused(place, fields):
     path = place / "rows.jsonl"

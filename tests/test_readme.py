@@ -167,7 +167,8 @@ def test_the_prompt_of_full_scale_is_the_one_that_is_asked():
 # --- the runs
 
 
-def test_the_logs_are_those_of_the_commands(tmp_path):
+def test_the_logs_are_those_of_the_commands(tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "draw_splits", lambda *_: None)  # which takes long, and names no run
     names = {
         name
         for commands in claims.EXPERIMENTS.values()
