@@ -253,6 +253,7 @@ def test_a_cache_whose_facts_were_edited_is_refused(tmp_path):
         path.with_suffix(".json").write_text(text)
 
 
+@pytest.mark.slow
 def test_a_bad_row_in_the_toys_cache_is_named_before_any_work(finished, tmp_path, capsys):
     shutil.copytree(finished[0] / "cache", tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")

@@ -103,7 +103,8 @@ def killed_before(call, monkeypatch, module, name, words):
 # --- a run that goes on
 
 
-@pytest.mark.parametrize("call", [pytest.param(n, marks=[pytest.mark.slow] * (n != 20)) for n in (1, 8, 11, 20, 30, 45)])
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [1, 8, 11, 20, 30, 45])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(call, whole, out, monkeypatch, capsys):
     words = [*FULL, "--out", str(out)]
     killed_before(call, monkeypatch, train, "training_step", words)
@@ -135,6 +136,7 @@ def test_a_run_killed_twice_goes_on(whole, out, monkeypatch):
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.slow
 def test_an_online_run_goes_on_with_its_random_numbers(few, out, monkeypatch, tmp_path):
     words = ["--loss", "grpo", *TINY, "--save-every", "3", "--out"]
     shutil.copytree(out, tmp_path / "other")
@@ -192,6 +194,7 @@ def test_a_checkpoint_of_other_data_or_diagnostics_is_not_taken_up(whole, out, m
     assert "resuming" not in capsys.readouterr().out and contents(out) != contents(whole)
 
 
+@pytest.mark.slow
 def test_a_torn_log_is_repaired(whole, out, monkeypatch):
     killed_before(25, monkeypatch, train, "training_step", [*FULL, "--out", str(out)])
     (folder,) = folders(out)
@@ -432,6 +435,7 @@ def test_a_full_tmpfs_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["folder", "cache"])
 def test_a_folder_that_is_removed_under_a_run_is_named(target, few, out, monkeypatch, capsys):
     original, calls = train.training_step, iter(range(1, 100))
@@ -446,6 +450,7 @@ def test_a_folder_that_is_removed_under_a_run_is_named(target, few, out, monkeyp
     assert code == 2 and "No such file or directory" in error and str(out) in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_config_that_is_removed_under_a_run_is_named(few, out, monkeypatch, capsys):
     original = train.write_text
 
@@ -528,6 +533,7 @@ def broken_at(monkeypatch, *calls):
     monkeypatch.setitem(train.LOSSES, "off_rl", off_rl)
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_may_be_skipped(few, out, monkeypatch):
     broken_at(monkeypatch, 8, 23)
     words = ["--loss", "off_rl", *FULL[2:], "--out", str(out)]

@@ -41,7 +41,10 @@ def block_with(text):
 
 
 def test_the_two_commands_are_there_and_ci_runs_the_second():
-    main, tests = "requirements.txt && python train.py --loss fpa --lam 2", "tests/requirements.txt && python -m pytest -n 2"
+    main, tests = (
+        "requirements.txt && python train.py --loss fpa --lam 2",
+        "tests/requirements.txt && python -m pytest -n 2 --dist worksteal",
+    )
     assert f"pip install -r {main}" in COMMANDS and f"pip install -r {tests}" in COMMANDS
     assert f"pip install -r {tests}" in Path(".ci/run").read_text()
 
