@@ -16,6 +16,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the tests' models are so small that a sec
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would what it starts
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, which else one worker ends with while the others have nothing left."""
+    items.sort(key=lambda item: item.path.name != "test_lesson.py")
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The output folder and the printed text of a ten-step run of both losses."""

