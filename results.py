@@ -76,7 +76,7 @@ def read_run(folder):
         if words := [name for name, values in log.items() if values.dtype.kind != "f"]:
             raise ValueError(f"{words[0]} is no number")
         run, last, unfinished = Run(folder, config, log), int(log["step"][-1]), log["step"][-1] < config["steps"]
-        hash((order(run)[-1] + 0, label(run.method), describe(config)))  # what another kind of value would break
+        hash((run.method, label(run.method), describe(config), order(run)[-1] + 0))  # what another kind of value would break
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, csv.Error) as error:
         raise ValueError(f"config.json or log.csv is half-written or damaged ({error})") from None
     if unfinished:

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from test_full_scale import BAD_LINES, BAD_PROBLEMS, DAMAGES, HOSTILE
 from test_full_scale_training import BAD_COMMANDS
 from test_interruption import KILLS
-from test_train import BAD_FLAGS, TINY, command, refusal
+from test_train import BAD_FLAGS, TINY, command, edit_cache, refusal
 
 import files
 import plots
@@ -258,10 +258,7 @@ def test_a_bad_row_in_the_toys_cache_is_named_before_any_work(finished, tmp_path
     shutil.copytree(finished[0] / "cache", tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines[:4], lines[4].replace('"label": ', '"label": 0.'), *lines[5:]]))
-    facts = files.read_json(path.with_suffix(".json"))
-    facts.pop("sha256")
-    files.write_beside(path, facts)
+    edit_cache(tmp_path, lambda text: text.replace(lines[4], lines[4].replace('"label": ', '"label": 0.'), 1))
     code, error = refusal(train.run, ["--loss", "fpa", *TINY, "--out", tmp_path], capsys)
     assert code == 2 and f"{path}: 1 of 96 lines are bad: line 5: " in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
@@ -289,6 +286,7 @@ BAD_RUNS = {
         f"another {name}": ({"config.json": lambda text, n=name, v=value: edited(text, n, v)}, "no finished run below")
         for name, value in {
             "lr": "x", "loss": "ppo", "seed": [1], "beta": "x", "lam": "x", "eval_temperature": "x", "steps": None,
+            "target": [1],
         }.items()
     },
 }  # fmt: skip
