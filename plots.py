@@ -6,7 +6,6 @@ Each function named `figure_…` draws one figure from those runs that it is abo
 docstring is the figure's caption. Several seeds become their mean and its 95 % confidence interval (Student's t).
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -24,6 +23,7 @@ from matplotlib.lines import Line2D
 import claims
 import page
 from files import Interrupted, UserError, interruptible, printable_path, replacing, write_text
+from options import command_line
 from results import (
     NAMES,
     Run,
@@ -493,10 +493,7 @@ def draw_figures(runs, to):
 
 def run(argv=None):
     """The command: print the summary, draw the figures, write results.md, or one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
+    parser = command_line(__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="?", default=Path("runs"), type=printable_path, help="folder whose runs are drawn")
     parser.add_argument(
         "--to", default=Path("figures"), type=printable_path, help="folder that the figures and results.md go to"

@@ -269,10 +269,9 @@ def resume(args, checkpoint, model, optimizer, generator, data, steps):
     Returns what else it holds, or a beginning: the state, as JSON holds it, the statistics of each step (steps, 8), and
     diagnostics.py's snapshots. Raises UserError.
     """
-    state = {"step": 0, "seconds": 0.0, "log": [], "tables": {}, "data": data["key"], "diagnostics": args.diagnostics}
-    state["device"] = args.device
+    same = {"data": data["key"], "diagnostics": args.diagnostics}
+    state = {"step": 0, "seconds": 0.0, "log": [], "tables": {}, "device": args.device, **same}
     stats, snapshots = torch.zeros(steps, 8, device=args.device), {}
-    same = {name: state[name] for name in ("data", "diagnostics")}
     if saved := load_checkpoint(checkpoint, model, optimizer, **same):
         state, tensors = saved
         if state["device"] != args.device:

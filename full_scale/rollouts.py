@@ -82,8 +82,8 @@ def read_rollouts(path, tokenizer, tokenized=lambda row: row, **words):
     """A file of rollouts -> [{"prompt", "completion", "label", "finished", "problem_id"}], texts rendered.
 
     TRL's unpaired lines (prompt, completion, label) or its paired ones (prompt, chosen, rejected), which become two rows.
-    Rows of the same prompt are of the same problem. `tokenized` may add to a row, or refuse it by ValueError; `words` are those
-    of files.read_lines. Raises UserError that names the file and its bad lines.
+    Rows of the same prompt are of the same problem. `tokenized` may add to a row, or refuse it by ValueError or UserError;
+    `words` are those of files.read_lines. Raises UserError that names the file and its bad lines.
     """
     ids = {}
     lines = read_lines(path, lambda line: [tokenized(row) for row in rollouts_of(line, tokenizer)], **words)

@@ -76,7 +76,7 @@ def rollout_rows(samples):
 
 
 def read_rows(path):
-    """A file of JSON lines -> [row]. Raises UserError that names the first bad lines, or says that all are of one kind."""
+    """A file of JSON lines -> [row]. Raises UserError that names the first bad lines, or where problems differ in length."""
     rows = read_lines(path, checked_row)
     if len({len(read_problem(row["prompt"]).ops) for row in rows}) > 1:
         raise UserError(f"{path}: problems of different lengths")
