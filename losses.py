@@ -1,29 +1,69 @@
-"""The losses: Off-RL, its neighbours in the literature, and Future Policy Approximation (FPA, arXiv 2509.19893) for them.
+"""The losses: Future Policy Approximation (FPA, arXiv 2509.19893) whole and copyable, then its neighbours, then one table.
 
-Every loss is a pure function of log-probabilities: tensors in, per-example losses and detached coefficients out. No model,
-tokenizer, config or device. With reward r = +1 (correct) or -1 (incorrect), every offline loss's gradient has one form,
+`fpa_loss` is for you to copy, with `future_logits`, `token_logps` and `checked_length` below it. train.py uses `fpa`, the same
+gradient from log-probabilities. The rest of the file serves every loss alike. With reward r = +1 (correct) or -1 (incorrect)
+every offline loss has a gradient of one form,
 
-    grad loss = - r C grad logp_sum        summed over the rows; C >= 0 (mostly): raise correct, lower incorrect ones
+    grad loss = - r C grad logp_sum        C >= 0 (mostly): raise correct rows, lower incorrect ones
 
-and the methods differ in the coefficient C alone, which each function returns beside its losses. FPA is what `fpa` does with
-any of them: the same C, evaluated at the future policy. A test holds every C against autograd.
+and the methods differ in the coefficient C alone. FPA replaces C(pi) by C(pi_hat), the coefficient at the future policy. C |y|
+is the weight of grad logp_mean. A test holds every C against autograd.
 
-Names: `logp_sum` is log pi(y|x) summed over a completion's tokens, `length` their number |y|, logp_mean = logp_sum / length,
-and exp(logp_mean), in (0, 1], is the length-normalised trajectory probability that the paper calls pi_bar. `logratio` is
-logp_sum under pi_theta minus logp_sum under pi_ref. Losses on pairs take the correct rows first, then, in the same order, an
-incorrect row for each, and return a loss a pair.
-Shapes: B rows (trajectories), T tokens, V vocabulary.
+Names: `logp_sum` is log pi(y|x) summed over a completion's tokens, `length` is their number |y|, logp_mean = logp_sum / length.
+exp(logp_mean), in (0, 1], is the paper's pi_bar. `logratio` is logp_sum under pi_theta minus logp_sum under pi_ref.
+Shapes: B rows (trajectories), T tokens, V vocabulary. Losses on pairs take the correct rows first, then an incorrect row for
+each in the same order.
 
 Left out: label smoothing and other variants of the neighbours, and GRPO's penalty towards the reference policy.
 """
 
+import copy
+import inspect
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 
-TARGETS = ("both", "correct", "incorrect")
+
+def fpa_loss(logits, ref_logits, tokens, mask, reward, lam=2.0):
+    """Future Policy Approximation: Off-RL, which maximises E[r pi_bar], with the gradient's weight from the future policy.
+
+        grad J = E[ r sg[pi_bar of pi_hat] grad logp_mean ],    pi_hat = softmax(h + lam (h - h_ref))     (arXiv 2509.19893)
+
+    logits, ref_logits (B, T, V): what the trained model and the frozen model that sampled the rows say of tokens (B, T).
+    mask (B, T): True on the completion's tokens, EOS included. reward (B,): +1 for a correct row, -1 for an incorrect one.
+    Returns a scalar to minimise. Its gradient is the method's; its value measures nothing, because the weight is detached.
+    Raises ValueError for other rewards and for a row without a completion token, AssertionError for shapes that differ.
+
+    To use it: start the training at the frozen model, so that the first step is Off-RL's. Half of each batch here is correct.
+    Compute both logits in float32, since lam magnifies rounding. Watch accuracy and the correct rows' log-ratio, not the loss.
+    """
+    length = checked_length(mask, reward)
+    logp_sum = token_logps(logits, tokens, mask).sum(-1)  # what the policy thinks of each answer now
+    future = future_logits(logits, ref_logits, lam)  # lam times as far again from the frozen model
+    weight = (token_logps(future, tokens, mask).sum(-1) / length).exp().detach()  # the future pi_bar
+    return -(reward * weight * logp_sum / length).mean()
 
 
-# --- from logits to log-probabilities, and the future policy
+def off_rl_loss(logits, tokens, mask, reward):
+    """Vanilla offline RL: grad J = E[ r pi_bar grad logp_mean ], the present policy's weight. FPA at lam = 0.
+
+    Shapes, return value and errors as in `fpa_loss`.
+    """
+    length = checked_length(mask, reward)
+    logp_sum = token_logps(logits, tokens, mask).sum(-1)
+    weight = (logp_sum.detach() / length).exp()  # it falls only after the answer has become improbable
+    return -(reward * weight * logp_sum / length).mean()
+
+
+def future_logits(logits, ref_logits, lam):
+    """h_hat = (1 + lam) h_theta - lam h_ref: the logits of the future policy, the paper's extrapolation. Any shape, detached.
+
+    It is computed as h_theta + lam (h_theta - h_ref), so that lam = 0 gives h_theta back exactly.
+    """
+    assert logits.shape == ref_logits.shape, (logits.shape, ref_logits.shape)
+    logits, ref_logits = logits.detach().float(), ref_logits.detach().float()
+    return logits + lam * (logits - ref_logits)
 
 
 def token_logps(logits, tokens, mask):
@@ -35,34 +75,23 @@ def token_logps(logits, tokens, mask):
     assert logits.shape[:2] == tokens.shape == mask.shape, (logits.shape, tokens.shape, mask.shape)
     logps = logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
     logps = logps.gather(-1, tokens[:, 1:, None])[..., 0]  # (B, T-1)
-    return logps.masked_fill(~mask[:, 1:], 0.0)
+    return logps.masked_fill(~mask[:, 1:].bool(), 0.0)
 
 
-def future_logits(logits, ref_logits, lam):
-    """h_hat = (1 + lam) h_theta - lam h_ref, the logits of the future policy (paper's logit-space extrapolation).
-
-    Any shape; detached, because the future policy only ever weights gradients. Computed as h_theta + lam (h_theta - h_ref),
-    so that lam = 0 gives h_theta back exactly.
-    """
-    logits = logits.detach().float()
-    return logits + lam * (logits - ref_logits.float())
-
-
-def fpa(logp_sum, reward, present, future, target="both"):
-    """The FPA form of a loss, from its coefficients at pi_theta and at pi_hat. All (B,) -> losses (B,), coefficients (B,).
-
-    grad J = E[r sg[C(pi_hat)] grad logp_sum]; with Off-RL's coefficient that is the paper's FPA. The loss is a surrogate: its
-    gradient is the method's, its value is no objective. `target` limits the future coefficient to "correct" or "incorrect"
-    rows; the others keep the present one (the paper's targeted FPA). Raises ValueError on an unknown target.
-    """
-    if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}: one of {', '.join(TARGETS)}")
-    use_future = {"both": reward != 0, "correct": reward > 0, "incorrect": reward < 0}[target]
-    coefficient = torch.where(use_future, future, present).detach()
-    return -reward * coefficient * logp_sum, coefficient
+def checked_length(mask, reward):
+    """|y| (B,), once the rewards are checked: a reward of 0 would silently drop its row. Raises ValueError."""
+    assert reward.shape == mask.shape[:1], (reward.shape, mask.shape)
+    length = mask[:, 1:].sum(-1)
+    if not (reward.abs() == 1).all():
+        raise ValueError(f"every reward must be +1 or -1; turn rewards of 0 and 1 into 2 * reward - 1: {reward.tolist()}")
+    if not length.all():
+        raise ValueError("a row has no completion token: mask must be True somewhere after the first position")
+    return length
 
 
-# --- losses on rows: each (B,) tensors -> losses (B,), coefficients (B,)
+# --- from log-probabilities: every loss takes (B,) tensors and returns losses and coefficients C (B,)
+
+TARGETS = ("both", "correct", "incorrect")
 
 
 def off_rl(logp_sum, length, reward):
@@ -74,40 +103,80 @@ def off_rl(logp_sum, length, reward):
     return -reward * pi_bar, (pi_bar / length).detach()
 
 
-def sharpened(logp_sum, length, reward, lam):
-    """A control for FPA: the present policy's coefficient to a power, C = pi_bar^(1 + lam) / |y|, with no reference policy."""
-    power = (logp_sum / length * (1 + lam)).exp()
-    return -reward * power / (1 + lam), (power / length).detach()
+def fpa(logp_sum, future_logp_sum, length, reward, target="both"):
+    """FPA: `fpa_loss` from log-probabilities. C = pi_bar / |y|, pi_bar at the future policy on the target's rows.
+
+    The paper's targeted FPA: target "correct" or "incorrect" keeps the present coefficient on the other rows.
+    """
+    weighted = torch.where(target_rows(reward, target), future_logp_sum, logp_sum)
+    coefficient = ((weighted / length).exp() / length).detach()
+    return -reward * coefficient * logp_sum, coefficient
 
 
-def constant(logp_sum, length, reward, weight):
-    """Another control: every row weighs the same, C = weight / |y|; train.py uses it on incorrect rows. 1 is `reinforce`."""
-    return -reward * weight * logp_sum / length, weight / length
+def fpa_form(logp_sum, reward, present, future, target="both", pairs=False):
+    """Any loss with its coefficient at the future policy: all (B,) -> a scalar to minimise, and the coefficients used (B,).
+
+    present and future are the loss's coefficients C at pi_theta and at pi_hat. With `off_rl`'s C this is FPA. `pairs`: the rows
+    are pairs, and the mean is over pairs, as in DPO. The scalar is a surrogate, as `fpa_loss` is. Raises ValueError where a
+    coefficient is negative (a log-probability, then) or the target is unknown.
+    """
+    if (present < 0).any() or (future < 0).any():
+        raise ValueError("present and future must be coefficients C >= 0, as the losses return them, not log-probabilities")
+    return surrogate(logp_sum, reward, present, future, target, pairs)
+
+
+def surrogate(logp_sum, reward, present, future, target, pairs):
+    """`fpa_form` without its check, which would synchronise a GPU at every step."""
+    coefficient = torch.where(target_rows(reward, target), future, present).detach()
+    return (-reward * coefficient * logp_sum).sum() / (len(reward) // (1 + pairs)), coefficient
+
+
+def target_rows(reward, target):
+    """Which rows (B,) take the future policy's coefficient. Raises ValueError on an unknown target."""
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}: one of {', '.join(TARGETS)}")
+    return {"both": torch.ones_like(reward, dtype=torch.bool), "correct": reward > 0, "incorrect": reward < 0}[target]
+
+
+def sharpened(logp_sum, length, reward, lam=2.0, target="both"):
+    """A control for FPA that sees no future and no reference: the present coefficient to a power, C = pi_bar^(1 + lam) / |y|.
+
+    On rows outside the target C is Off-RL's. The loss is a surrogate, as FPA's is.
+    """
+    power = 1 + lam * target_rows(reward, target).to(logp_sum.dtype)
+    coefficient = ((logp_sum / length * power).exp() / length).detach()
+    return -reward * coefficient * logp_sum, coefficient
+
+
+def constant(logp_sum, length, reward, weight=0.25):
+    """A control for FPA: Off-RL's C on correct rows, and a constant on incorrect ones, C_l = weight / |y|. A surrogate too."""
+    coefficient = torch.where(reward > 0, (logp_sum / length).exp() / length, weight / length).detach()
+    return -reward * coefficient * logp_sum, coefficient
 
 
 def reinforce(logp_sum, length, reward):
     """REINFORCE on the fixed rows, without importance weights: maximise E[r logp_mean]. C = 1 / |y|."""
-    return constant(logp_sum, length, reward, weight=1.0)
+    return -reward * logp_sum / length, 1 / length
 
 
 def sft(logp_sum, length, reward):
     """Supervised fine-tuning on the correct rows only (rejection fine-tuning). C = 1 / |y| on correct rows, else 0."""
-    return constant(logp_sum, length, reward, weight=(reward > 0).to(logp_sum.dtype))
+    correct = (reward > 0).to(logp_sum.dtype)
+    return -reward * correct * logp_sum / length, correct / length
 
 
-def kto(logratio, reward, z0, beta, weight_correct=1.0, weight_incorrect=1.0):
+def kto(logratio, reward, z0, beta=0.1, weight_correct=1.0, weight_incorrect=1.0):
     """KTO (Ethayarajh et al. 2024): w (1 - s), s = sigmoid(r beta (logratio - z0)). C = w beta s (1 - s).
 
-    z0, a detached scalar of at least 0: the mean log-ratio of mismatched prompts and completions (the present policy's, in
-    the FPA form too). The weights 1 and 1 are
-    in the recommended range for as many correct as incorrect rows.
+    z0 is a detached scalar of at least 0: the mean log-ratio of mismatched prompts and completions. It is the present
+    policy's in the FPA form too. The weights 1 and 1 are in the recommended range for as many correct as incorrect rows.
     """
     s = torch.sigmoid(reward * beta * (logratio - z0))
     weight = torch.where(reward > 0, weight_correct, weight_incorrect).to(logratio.dtype)
     return weight * (1 - s), (weight * beta * s * (1 - s)).detach()
 
 
-def pessimistic(logratio, reward, mean_reward, beta, shift=0.0):
+def pessimistic(logratio, reward, mean_reward, beta=0.1, shift=0.0):
     """Regression of the log-ratio on a shifted advantage (Sakhi et al., arXiv 2605.28150).
 
     (beta logratio - A)^2 with A = r - mean_reward + shift beta, mean_reward (B,) over the rows of the same prompt; the shift
@@ -124,10 +193,10 @@ def pessimistic(logratio, reward, mean_reward, beta, shift=0.0):
     return regression(logratio, reward - mean_reward + shift * beta, reward, beta)
 
 
-def a_star_po(logratio, reward, value, beta):
+def a_star_po(logratio, reward, value, beta=1e-3):
     """A*-PO's regression (and OAPL's, whose reference lags behind): (beta logratio + V* - r01)^2, r01 = 1 if correct, else 0.
 
-    value (B,) is `optimal_value` of each row's prompt. With the same beta there as here this is `pessimistic` at c = 0.
+    value (B,) is `optimal_value` of each row's prompt. With beta1 = beta the minimiser is the Gibbs policy, as at c = 0 above.
     """
     return regression(logratio, (1 + reward) / 2 - value, reward, beta)
 
@@ -140,7 +209,8 @@ def regression(logratio, advantage, reward, beta):
 
 def optimal_value(reward, prompts, beta1=0.5):
     """A*-PO's V* = beta1 log mean exp(r01 / beta1) over the rows of a prompt, whose number prompts (B,) holds: (B,)."""
-    return 1 + beta1 * prompt_mean(((reward - 1) / 2 / beta1).exp(), prompts).log()  # less 1 in the exponent: no overflow
+    mean = prompt_mean(((reward - 1) / 2 / beta1).exp(), prompts)  # less 1 in the exponent, so that it cannot overflow
+    return 1 + beta1 * mean.log().clamp(min=-1 / beta1)  # where it underflows no row is correct, and V* is 0
 
 
 def prompt_mean(values, prompts):
@@ -155,18 +225,18 @@ def prompt_mean(values, prompts):
 def simper(logp_sum, length):
     """SimPER (Xiao et al. 2025): -pi_bar(y_w) + pi_bar(y_l). C = pi_bar / |y|, Off-RL's (the paper's Proposition A.1)."""
     pi_bar = (logp_sum / length).exp()
-    correct, incorrect = pi_bar.chunk(2)
+    correct, incorrect = pi_bar.view(2, -1)
     return incorrect - correct, (pi_bar / length).detach()
 
 
-def dpo(logratio, beta):
+def dpo(logratio, beta=0.1):
     """DPO (Rafailov et al. 2023, eq. 7): -log sigmoid(beta (D_w - D_l)), D log-ratios. C = beta sigmoid(beta (D_l - D_w))."""
-    correct, incorrect = logratio.chunk(2)
+    correct, incorrect = logratio.view(2, -1)  # an odd number of rows raises
     margin = beta * (correct - incorrect)
     return -F.logsigmoid(margin), (beta * torch.sigmoid(-margin)).repeat(2).detach()
 
 
-def rpo(logratio, logp_sum, length, beta, alpha):
+def rpo(logratio, logp_sum, length, beta=0.1, alpha=1.0):
     """RPO (Pang et al. 2024, eq. 1): DPO + alpha times the negative logp_mean of y_w. C_w = DPO's + alpha / |y_w|, C_l = DPO's.
 
     The negative log-likelihood is divided by each sequence's own length, as in the paper; TRL's "sft" term averages over
@@ -181,22 +251,121 @@ def rpo(logratio, logp_sum, length, beta, alpha):
 # --- online
 
 
-def grpo(logps, old_logps, advantage, mask, clip=0.2, token_level=False):
+def grpo(logps, advantage, mask, dapo=False, old_logps=None, clip=0.2):
     """GRPO (Shao et al. 2024, eq. 3, without its KL term): -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) a token.
 
-    logps, old_logps (B, T-1) as `token_logps` gives them, under pi_theta and under the policy that sampled; mask (B, T).
-    Returns losses (B,), whose mean is the objective: each row's mean over its tokens, or, token_level, its sum over the
-    batch's mean number of tokens, so that every token of the batch weighs the same (DAPO, Yu et al. 2025, eq. 8).
+    logps, old_logps (B, T-1) as `token_logps` gives them, under pi_theta and under the policy that sampled (pi_theta itself
+    where old_logps is None); advantage (B,); mask (B, T). Returns losses (B,), whose mean is the objective, and C = |A| / |y|.
+    A row's loss is the mean over its tokens. With dapo it is their sum over the batch's mean number of tokens, and so in C:
+    every token of the batch weighs the same (DAPO, Yu et al. 2025, eq. 8).
     """
-    ratio = (logps - old_logps).exp()
-    advantage = advantage[:, None]
-    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)  # (B, T-1)
-    length = mask[:, 1:].sum(-1)
-    tokens = length.float().mean() if token_level else length.clamp(min=1)  # a collapsed policy may sample PAD at once
-    return -objective.masked_fill(~mask[:, 1:], 0.0).sum(-1) / tokens
+    ratio = (logps - (logps.detach() if old_logps is None else old_logps)).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    gain = torch.minimum(ratio * advantage[:, None], clipped * advantage[:, None])  # (B, T-1)
+    length = mask[:, 1:].sum(-1).float()
+    length = (length.mean() if dapo else length).clamp(min=1)  # a collapsed policy may sample PAD at once
+    return -gain.masked_fill(~mask[:, 1:].bool(), 0.0).sum(-1) / length, advantage.abs() / length
 
 
 def group_advantage(reward, group_size):
     """GRPO's A = (r - mean) / (std + 1e-4) over groups of consecutive rows, std over group_size - 1: (B,) -> (B,)."""
     groups = reward.view(-1, group_size)
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+# --- the table: a loss is one row. Flags, their checks, help, labels, run names and the docs' tables derive from it.
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of the command line. Its function's arguments name the batch's tensors and the hyperparameters that it takes."""
+
+    function: callable
+    label: str  # in figures and tables
+    idea: str  # one line
+    coefficients: tuple[str, str]  # C_w on correct rows, C_l on incorrect ones, in Markdown
+    defaults: dict = field(default_factory=dict)  # its hyperparameters, each with an entry in HYPERPARAMETERS
+    pairs: bool = False  # its rows are pairs
+    has_fpa_form: bool = False  # lam > 0 evaluates its coefficient at the future policy
+    form_of: str | None = None  # the loss that this one is at lam = 0
+    online: bool = False  # it samples its own rows
+
+    @property
+    def inputs(self):
+        """The names of the batch's tensors that it takes."""
+        arguments = inspect.signature(self.function).parameters.values()
+        return [argument.name for argument in arguments if argument.default is argument.empty]
+
+    def __call__(self, batch, run):
+        """Losses and coefficients of a batch, for a run's hyperparameters; both are objects with attributes."""
+        own = [name for name in self.defaults if name in inspect.signature(self.function).parameters]
+        tensors = {name: getattr(batch, name) for name in self.inputs}
+        return self.function(**tensors, **{name: getattr(run, name) for name in own})
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A flag that some losses have. A bool as default makes it a switch."""
+
+    help: str
+    symbol: str
+    at_least: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] | None = None
+
+
+HYPERPARAMETERS = {
+    "lam": Hyperparameter("how far to extrapolate to the future policy", "λ", at_least=0),
+    "target": Hyperparameter("rows that take the future policy's coefficient", "target", choices=TARGETS),
+    "beta": Hyperparameter("weight of the log-ratio", "β", above=0),
+    "alpha": Hyperparameter("weight of the log-likelihood term", "α", at_least=0),
+    "weight": Hyperparameter("weight of grad logp_mean on incorrect rows", "weight", at_least=0),
+    "shift": Hyperparameter("shift of the advantage, in units of beta", "shift"),
+    "dapo": Hyperparameter("DAPO: average over all tokens of the batch, and drop groups whose rewards are all equal", "DAPO"),
+}
+
+LOSSES = {
+    "off_rl": Loss(off_rl, "Off-RL", "raise π̄ of correct rows, lower π̄ of incorrect ones", (r"π̄_w / \|y_w\|", r"π̄_l / \|y_l\|"),
+        has_fpa_form=True),
+    "fpa": Loss(fpa, "FPA", "Off-RL with its weight from the future policy",
+        (r"π̄_w at π̂ / \|y_w\|", r"π̄_l at π̂ / \|y_l\|"), {"lam": 2.0, "target": "both"}, form_of="off_rl"),
+    "simper": Loss(simper, "SimPER", "Off-RL on pairs of one problem", (r"π̄_w / \|y_w\|", r"π̄_l / \|y_l\|"),
+        pairs=True, has_fpa_form=True),
+    "dpo": Loss(dpo, "DPO", "widen the margin between the log-ratios of a pair", ("β σ(β(Δ_l − Δ_w))", "the same"),
+        {"beta": 0.1}, pairs=True, has_fpa_form=True),
+    "rpo": Loss(rpo, "RPO", "DPO, and raise the correct row", (r"DPO's + α / \|y_w\|", "DPO's"),
+        {"beta": 0.1, "alpha": 1.0}, pairs=True, has_fpa_form=True),
+    "kto": Loss(kto, "KTO", "DPO without pairs: each row against the mean log-ratio z0",
+        ("β s(1 − s), s = σ(β(Δ_w − z0))", "β s(1 − s), s = σ(β(z0 − Δ_l))"), {"beta": 0.1}, has_fpa_form=True),
+    "a_star_po": Loss(a_star_po, "A*-PO", "regress the log-ratio on reward − V*",
+        ("2β(r01 − V* − βΔ_w)", "2β(V* − r01 + βΔ_l)"), {"beta": 1e-3}),
+    "pessimistic": Loss(pessimistic, "pessimistic", "regress the log-ratio on reward − mean, shifted",
+        ("2β(A − βΔ_w), A = r − mean(r) + shift·β", "2β(βΔ_l − A)"), {"beta": 0.1, "shift": 0.0}),
+    "sft": Loss(sft, "SFT", "fine-tune on the correct rows alone", (r"1 / \|y_w\|", "0")),
+    "reinforce": Loss(reinforce, "REINFORCE", "push all rows with the same weight", (r"1 / \|y_w\|", r"1 / \|y_l\|")),
+    "constant": Loss(constant, "constant", "a control: a constant weight on incorrect rows",
+        (r"π̄_w / \|y_w\|", r"weight / \|y_l\|"), {"weight": 0.25}),
+    "sharpened": Loss(sharpened, "sharpened", "a control: Off-RL's weight to a power, without a reference",
+        (r"π̄_w^(1+λ) / \|y_w\|", r"π̄_l^(1+λ) / \|y_l\|"), {"lam": 2.0, "target": "both"}),
+    "grpo": Loss(grpo, "GRPO", "online: sample groups, and push by the advantage in the group",
+        (r"\|A\| / \|y\|, A = (r − mean) / (std + 1e-4)", "the same"), {"dapo": False}, online=True),
+}  # fmt: skip
+
+
+def objective(batch, run):
+    """The scalar that a step minimises, and its rows' coefficients (B,): as published, or in the FPA form where run.lam > 0.
+
+    batch holds the tensors of `Loss.inputs` as attributes, and for the FPA form logp_sum, future_logp_sum and logratio (B,).
+    run holds `loss` and its hyperparameters, and for the FPA form `target`. KeyError on an unknown loss, with the known ones.
+    """
+    if run.loss not in LOSSES:
+        raise KeyError(f"unknown loss {run.loss!r}: one of {', '.join(LOSSES)}")
+    loss = LOSSES[run.loss]
+    losses, coefficient = loss(batch, run)
+    if not (loss.has_fpa_form and getattr(run, "lam", 0.0) > 0):
+        return losses.mean(), coefficient
+    at_future = copy.copy(batch)
+    at_future.logp_sum = batch.future_logp_sum
+    at_future.logratio = batch.logratio.detach() + (batch.future_logp_sum - batch.logp_sum.detach())
+    future = loss(at_future, run)[1]
+    return surrogate(batch.logp_sum, batch.reward, coefficient, future, run.target, loss.pairs)

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # Up to this many positions a CPU writes the attention weights out: its fused kernel gains nothing from a second thread there
-# (`python bench.py` times both). Their memory grows with positions squared, and beyond this they are slower too.
+# (`python -m study.bench` times both). Their memory grows with positions squared, and beyond this they are slower too.
 SHORT = 128
 
 

@@ -1,4 +1,8 @@
-"""Real checkpoints through the toy's model.py and losses.py: load_hf.py, rollouts.py, train.py, evaluate.py."""
+"""Real checkpoints through the toy's model.py and losses.py.
+
+Commands: load_hf.py, rollouts.py, train.py, evaluate.py. train.py is made of data.py, policy.py, reference.py, store.py, log.py
+and processes.py. chunked.py can be copied alone. Nothing here imports the toy's train.py, and nothing draws.
+"""
 
 import sys
 from importlib.util import find_spec

@@ -7,7 +7,7 @@ The paper's setting by default, 8 samples at temperature 0.7. Flags and files ar
 
 import numpy as np
 
-from options import command_line
+from plumbing.flags import command_line
 
 from . import rollouts
 

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from files import Interrupted, UserError, checksum, interruptible, one_line, read_json, replacing, shown, write_json
 from model import GPT, GPTConfig
-from options import answer_length, command_line
+from plumbing.files import UserError, checksum, one_line, read_json, replacing, shown, write_json
+from plumbing.flags import answer_length, command, command_line
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 INDEX = "model.safetensors.index.json"
@@ -448,23 +448,16 @@ def run(argv=None):
     parser.add_argument("--prompt", default="What is 17 * 24?", metavar="TEXT", help="what to answer, greedily")
     parser.add_argument("--tokens", default=64, type=answer_length, metavar="N", help="at most so many of them")
     args = parser.parse_args(argv)
-    try:
-        with interruptible():
-            folder = fetch(args.name)
-            raw = read_json(folder / "config.json")
-            print(describe(args.name, folder, raw, empty_model(gpt_config(raw, folder / "config.json"))))
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            model, tokenizer = load_pretrained(folder, torch.float32 if device == "cpu" else torch.bfloat16, device)
-            prompt = torch.tensor([tokenizer.encode(tokenizer.ask(args.prompt))], device=device)
-            stops = torch.tensor(sorted(tokenizer.stops), device=device)
-            answer = model.generate(prompt, args.tokens, stops, tokenizer.eos, temperature=0)[0].tolist()
-            print(f"\n{args.prompt}\n  {tokenizer.decode(answer).strip()}")
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        print(f"{parser.prog}: error: {one_line(error, args.name)}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as signalled:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(128 + signalled.args[0])
+    with command(parser.prog, "nothing was written", args.name):
+        folder = fetch(args.name)
+        raw = read_json(folder / "config.json")
+        print(describe(args.name, folder, raw, empty_model(gpt_config(raw, folder / "config.json"))))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, tokenizer = load_pretrained(folder, torch.float32 if device == "cpu" else torch.bfloat16, device)
+        prompt = torch.tensor([tokenizer.encode(tokenizer.ask(args.prompt))], device=device)
+        stops = torch.tensor(sorted(tokenizer.stops), device=device)
+        answer = model.generate(prompt, args.tokens, stops, tokenizer.eos, temperature=0)[0].tolist()
+        print(f"\n{args.prompt}\n  {tokenizer.decode(answer).strip()}")
 
 
 if __name__ == "__main__":

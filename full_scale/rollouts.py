@@ -18,27 +18,24 @@ import collections
 import json
 import os
 import random
-import sys
 from importlib.util import find_spec
 
 import torch
 from math_verify import parse, verify
 
-from files import (
-    Interrupted,
+from plumbing.files import (
     UserError,
+    digest,
     field,
-    interruptible,
     locked,
-    one_line,
     printable_path,
     read_json,
     read_lines,
     shown,
     write_json,
 )
-from options import NO_DEFAULT, answer_length, command_line, count, natural, zero_or_temperature
-from stages import digest, progress
+from plumbing.flags import NO_DEFAULT, answer_length, command, command_line, count, natural, zero_or_temperature
+from plumbing.log import progress
 
 from .load_hf import ChatTokenizer, checkpoint_key, fetch, load_pretrained
 
@@ -261,20 +258,15 @@ def run(argv=None, parser=None, n=8, temperature=1.0, report=None):
         help=f"rollouts; an interrupted command goes on there{NO_DEFAULT}",
     )
     args = parser.parse_args(argv)
-    try:
+    kept = f"{args.out} keeps what is sampled; the same command goes on from there"
+    with command(parser.prog, kept, args.out):
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        with interruptible(), locked(args.out.with_name(f"{args.out.name}.lock"), args.out):
+        with locked(args.out.with_name(f"{args.out.name}.lock"), args.out):
             rows = sample_problems(args)
         correct, finished = (sum(row[name] for row in rows) / len(rows) for name in ("label", "finished"))
         print(f"{args.out}: {len(rows)} rollouts, {correct:.1%} correct, {finished:.1%} finished")
         if report:
             print(report(rows))
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        print(f"{parser.prog}: error: {one_line(error, args.out)}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as signalled:
-        print(f"interrupted: {args.out} keeps what is sampled; the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + signalled.args[0])
 
 
 if __name__ == "__main__":

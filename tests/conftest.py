@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "slow")]
 os.chdir(ROOT)
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests' models are so small that a second thread only costs
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would what it starts
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first, which else one worker ends with while the others have nothing left."""
+    """Mark what is in slow/. The longest first, which else one worker ends with while the others have nothing left."""
+    for item in items:
+        if item.path.parent.name == "slow":
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name != "test_lesson.py")
 
 

@@ -1,5 +1,6 @@
 """losses.py against hand-worked numbers, closed forms, each other and TRL."""
 
+import inspect
 import math
 from collections import defaultdict
 from types import SimpleNamespace
@@ -8,9 +9,7 @@ import pytest
 import torch
 
 import losses
-from losses import fpa, future_logits, off_rl, token_logps
-from options import WITH_FPA_FORM
-from train import LOSSES, PAIRED, objective
+from losses import LOSSES, fpa, fpa_form, fpa_loss, future_logits, objective, off_rl, off_rl_loss, token_logps
 
 LN2, LN4 = math.log(2), math.log(4)
 
@@ -73,8 +72,15 @@ def test_future_of_linear_drift():
     torch.testing.assert_close(future_logits(ref_logits + t * velocity, ref_logits, lam), ref_logits + (1 + lam) * t * velocity)
 
 
-SETTINGS = {"beta": 0.7, "alpha": 1.3, "weight": 0.25, "shift": 0.5, "lam": 1.5, "target": None}
-OFFLINE = [name for name, loss in LOSSES.items() if loss]
+SETTINGS = {"beta": 0.7, "alpha": 1.3, "weight": 0.25, "shift": 0.5, "lam": 1.5, "target": "both"}
+OFFLINE = [name for name, row in LOSSES.items() if not row.online]
+WITH_FPA_FORM = [name for name, row in LOSSES.items() if row.has_fpa_form or row.form_of]
+PAIRED = [name for name, row in LOSSES.items() if row.pairs]
+
+
+def run_of(name, **settings):
+    own = LOSSES[name].defaults if name in LOSSES else {}
+    return SimpleNamespace(**{**own, **SETTINGS, "loss": name, **settings})
 
 
 def batch_of(logp_sum, length=None, scale=1.0):
@@ -84,15 +90,20 @@ def batch_of(logp_sum, length=None, scale=1.0):
     reward = torch.tensor([1.0] * half + [-1.0] * half, dtype=dtype)
     prompts = torch.arange(2 * half) % 4
     reference = logp_sum.detach() + scale * torch.randn(2 * half, generator=g, dtype=dtype)
-    return {
-        "logp_sum": logp_sum,
-        "logratio": logp_sum - reference,
-        "length": torch.randint(3, 9, (2 * half,), generator=g).to(dtype) if length is None else length,
-        "reward": reward,
-        "value": losses.optimal_value(reward, prompts),
-        "mean_reward": losses.prompt_mean(reward, prompts),
-        "z0": torch.tensor(0.3, dtype=dtype),
-    }
+    return SimpleNamespace(
+        logp_sum=logp_sum,
+        future_logp_sum=logp_sum.detach(),
+        logratio=logp_sum - reference,
+        length=torch.randint(3, 9, (2 * half,), generator=g).to(dtype) if length is None else length,
+        reward=reward,
+        value=losses.optimal_value(reward, prompts),
+        mean_reward=losses.prompt_mean(reward, prompts),
+        z0=torch.tensor(0.3, dtype=dtype),
+    )
+
+
+def changed(batch, **values):
+    return SimpleNamespace(**{**vars(batch), **values})
 
 
 def random_logp_sum(dtype=torch.float64):
@@ -103,29 +114,30 @@ def random_logp_sum(dtype=torch.float64):
 def test_the_coefficient_is_the_gradient_of_the_published_loss(name):
     leaf = random_logp_sum().requires_grad_()
     batch = batch_of(leaf)
-    values, coefficient = LOSSES[name](batch, SETTINGS)
+    values, coefficient = LOSSES[name](batch, run_of(name))
     assert values.shape == ((6,) if name in PAIRED else (12,)) and not coefficient.requires_grad
     values.sum().backward()
-    torch.testing.assert_close(-batch["reward"] * coefficient, leaf.grad, rtol=1e-9, atol=0)
+    torch.testing.assert_close(-batch.reward * coefficient, leaf.grad, rtol=1e-9, atol=0)
 
 
 def test_coefficients_by_hand():
     # two rows, y_w of 2 tokens and y_l of 4, so pi_bar = 1/2 and 1/4; log-ratios ln 2 and ln 8
     logp_sum, length = torch.tensor([-2 * LN2, -4 * LN4]), torch.tensor([2, 4])
-    batch = {
-        "logp_sum": logp_sum,
-        "logratio": torch.tensor([LN2, 3 * LN2]),
-        "length": length,
-        "reward": torch.tensor([1.0, -1.0]),
-        "value": torch.tensor([0.5, 0.5]),
-        "mean_reward": torch.tensor([0.0, 0.0]),
-        "z0": torch.tensor(LN2),
-    }
-    settings = {"beta": 1.0, "alpha": 3.0, "weight": 0.25, "shift": 2.0, "lam": 1.0}
+    batch = SimpleNamespace(
+        logp_sum=logp_sum,
+        future_logp_sum=2 * logp_sum,  # so the future pi_bar = 1/4 and 1/16
+        logratio=torch.tensor([LN2, 3 * LN2]),
+        length=length,
+        reward=torch.tensor([1.0, -1.0]),
+        value=torch.tensor([0.5, 0.5]),
+        mean_reward=torch.tensor([0.0, 0.0]),
+        z0=torch.tensor(LN2),
+    )
+    settings = {"beta": 1.0, "alpha": 3.0, "weight": 0.25, "shift": 2.0, "lam": 1.0, "target": "both"}
     dpo = 4 / 5  # sigmoid(ln 8 - ln 2) = 4 / (4 + 1)
     expected = {
         "off_rl": ([-1 / 2, 1 / 4], [1 / 4, 1 / 16]),
-        "fpa": ([-1 / 2, 1 / 4], [1 / 4, 1 / 16]),
+        "fpa": ([LN2 / 4, -LN4 / 16], [1 / 8, 1 / 64]),
         "simper": ([-1 / 4], [1 / 4, 1 / 16]),
         "dpo": ([math.log(5)], [dpo, dpo]),
         "rpo": ([math.log(5) + 3 * LN2], [dpo + 3 / 2, dpo]),
@@ -134,12 +146,12 @@ def test_coefficients_by_hand():
         "pessimistic": ([(LN2 - 3) ** 2, (3 * LN2 - 1) ** 2], [2 * (3 - LN2), 2 * (3 * LN2 - 1)]),  # A = 1 + 2 and -1 + 2
         "sft": ([LN2, 0], [1 / 2, 0]),
         "reinforce": ([LN2, -LN4], [1 / 2, 1 / 4]),
-        "constant": ([LN2 / 4, -LN4 / 4], [1 / 8, 1 / 16]),
-        "sharpened": ([-1 / 8, 1 / 32], [1 / 8, 1 / 64]),  # pi_bar^2 / 2
+        "constant": ([LN2 / 2, -LN4 / 4], [1 / 4, 1 / 16]),
+        "sharpened": ([LN2 / 4, -LN4 / 16], [1 / 8, 1 / 64]),  # pi_bar^2
     }
     assert expected.keys() == set(OFFLINE)
     for name, (values, coefficient) in expected.items():
-        got_values, got_coefficient = LOSSES[name](batch, settings)
+        got_values, got_coefficient = LOSSES[name](batch, SimpleNamespace(**settings))
         assert got_values.tolist() == pytest.approx(values, abs=1e-6), name
         assert got_coefficient.tolist() == pytest.approx(coefficient, rel=1e-5), name
 
@@ -148,7 +160,7 @@ def test_simper_is_off_rl_on_pairs():  # Proposition A.1
     length, gradients = torch.arange(3.0, 15.0, dtype=torch.float64), []
     for loss in ("simper", "off_rl"):
         leaf = random_logp_sum().requires_grad_()
-        LOSSES[loss](batch_of(leaf, length), SETTINGS)[0].sum().backward()
+        LOSSES[loss](batch_of(leaf, length), run_of(loss))[0].sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
 
@@ -156,9 +168,10 @@ def test_simper_is_off_rl_on_pairs():  # Proposition A.1
 @pytest.mark.parametrize("name", WITH_FPA_FORM)
 def test_at_lambda_zero_the_fpa_form_is_the_loss(name):
     gradients, coefficients = [], []
-    for target in (None, "both"):
+    plain = LOSSES[name].form_of or name
+    for one in (run_of(plain, lam=0.0), run_of(name, lam=2.0)):  # future_logp_sum is the present one, as at lambda 0
         leaf = random_logp_sum().requires_grad_()
-        loss, coefficient = objective(batch_of(leaf), leaf.detach(), {**SETTINGS, "loss": name, "target": target})
+        loss, coefficient = objective(batch_of(leaf), one)
         loss.backward()
         gradients.append(leaf.grad), coefficients.append(coefficient)
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
@@ -166,23 +179,146 @@ def test_at_lambda_zero_the_fpa_form_is_the_loss(name):
 
 
 @pytest.mark.parametrize("target", ["both", "correct", "incorrect"])
-@pytest.mark.parametrize("name", [*WITH_FPA_FORM, "sharpened", "constant"])
+@pytest.mark.parametrize("name", WITH_FPA_FORM)
 def test_the_fpa_form_has_the_future_coefficient_and_the_present_score(name, target):
     leaf, future = random_logp_sum().requires_grad_(), random_logp_sum().flip(0)
-    batch = batch_of(leaf)
-    loss, returned = objective(batch, future, {**SETTINGS, "loss": name, "target": target})
+    batch = changed(batch_of(leaf), future_logp_sum=future)
+    loss, returned = objective(batch, run_of(name, target=target))
     loss.backward()
 
-    present = {key: value.detach() for key, value in batch.items()}
-    at_future = {**present, "logp_sum": future, "logratio": future - (present["logp_sum"] - present["logratio"])}
-    control = name in ("sharpened", "constant")  # in the place of Off-RL's coefficient at the future policy
-    expected = LOSSES[name](present if control else at_future, SETTINGS)[1]
-    other = LOSSES["off_rl" if control else name](present, SETTINGS)[1]
-    reward = batch["reward"]
+    plain = LOSSES[LOSSES[name].form_of or name]
+    present = SimpleNamespace(**{key: value.detach() for key, value in vars(batch).items()})
+    at_future = changed(present, logp_sum=future, logratio=future - (present.logp_sum - present.logratio))
+    expected, other = (plain(b, run_of(name))[1] for b in (at_future, present))
     if target != "both":
-        expected = torch.where((reward > 0) == (target == "correct"), expected, other)
+        expected = torch.where((batch.reward > 0) == (target == "correct"), expected, other)
     torch.testing.assert_close(returned, expected)
-    torch.testing.assert_close(leaf.grad, -reward * expected / (6 if name in PAIRED else 12))
+    torch.testing.assert_close(leaf.grad, -batch.reward * expected / (6 if name in PAIRED else 12))
+
+
+@pytest.mark.parametrize("target", ["correct", "incorrect"])
+def test_a_sharpened_target_leaves_the_other_rows_to_off_rl(target):
+    batch = batch_of(random_logp_sum())
+    coefficient = LOSSES["sharpened"](batch, run_of("sharpened", target=target))[1]
+    sharp, plain = ((batch.logp_sum / batch.length * power).exp() / batch.length for power in (2.5, 1.0))
+    torch.testing.assert_close(coefficient, torch.where((batch.reward > 0) == (target == "correct"), sharp, plain))
+
+
+# --- the heart: fpa_loss and off_rl_loss, whole
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 2.0, 10.0])
+def test_fpa_loss_is_the_general_form_in_value_and_gradient(lam):
+    logits, other, tokens, mask, reward = random_case(dtype=torch.float32)
+    ref_logits = logits + other / 20  # so near that no coefficient vanishes at lambda 10
+    leaves = [logits.clone().requires_grad_() for _ in range(4)]
+    length = mask.sum(-1)
+    present, future = (sum_logp(h, tokens, mask) for h in (leaves[1], future_logits(logits, ref_logits, lam)))
+    general, _ = fpa_form(present, reward, off_rl(present, length, reward)[1], off_rl(future, length, reward)[1])
+    by_table = []
+    for leaf, name in ((leaves[2], "fpa"), (leaves[3], "off_rl")):  # its own row, and Off-RL's general form
+        batch = SimpleNamespace(logp_sum=sum_logp(leaf, tokens, mask), future_logp_sum=future, length=length, reward=reward)
+        batch.logratio = batch.logp_sum - sum_logp(ref_logits, tokens, mask)
+        by_table.append(objective(batch, SimpleNamespace(loss=name, lam=max(lam, 1e-9), target="both"))[0])
+    values = [fpa_loss(leaves[0], ref_logits, tokens, mask, reward, lam), general, *by_table]
+    for leaf, value in zip(leaves, values):
+        value.backward()
+        torch.testing.assert_close(value, values[0])
+        torch.testing.assert_close(leaf.grad, leaves[0].grad, rtol=1e-4, atol=1e-9)
+    assert leaves[0].grad.abs().max() > 1e-3
+
+
+def test_at_lambda_zero_fpa_loss_is_off_rl_loss_and_its_gradient_off_rls():
+    logits, ref_logits, tokens, mask, reward = random_case(dtype=torch.float32)
+    gradients, values = [], []
+    length = mask.sum(-1)
+    for loss in (
+        lambda leaf: fpa_loss(leaf, ref_logits, tokens, mask, reward, lam=0.0),
+        lambda leaf: off_rl_loss(leaf, tokens, mask, reward),
+        lambda leaf: off_rl(sum_logp(leaf, tokens, mask), length, reward)[0].mean(),
+    ):
+        leaf = logits.clone().requires_grad_()
+        values.append(loss(leaf))
+        values[-1].backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[1], gradients[2])
+
+
+def test_fpa_loss_by_hand():
+    # one correct and one incorrect row of one token, p = 1/2 each; the reference gave 1/4: pi_hat odds are 1 * (1 / (1/3))^lam
+    logits, ref_logits = torch.zeros(2, 2, 2), torch.tensor([0.0, math.log(3)]).expand(2, 2, 2)
+    tokens, mask = torch.zeros(2, 2, dtype=torch.long), torch.tensor([[False, True]] * 2)
+    leaf = logits.clone().requires_grad_()
+    loss = fpa_loss(leaf, ref_logits, tokens, mask, torch.tensor([1.0, -1.0]), lam=1.0)
+    loss.backward()
+    assert loss.item() == 0  # the rows cancel: the value measures nothing
+    weight = 3 / 4  # odds of 3
+    assert leaf.grad[:, 0].flatten().tolist() == pytest.approx([-weight / 4, weight / 4, weight / 4, -weight / 4])
+
+
+@pytest.mark.parametrize("reward", [[1.0, 0.0] * 3, [1, 0] * 3, [0.5, -1.0] * 3, [float("nan")] * 6])
+def test_rewards_other_than_plus_and_minus_one_are_refused_with_the_mend(reward):
+    logits, ref_logits, tokens, mask, _ = random_case()
+    for loss in (lambda r: fpa_loss(logits, ref_logits, tokens, mask, r), lambda r: off_rl_loss(logits, tokens, mask, r)):
+        with pytest.raises(ValueError, match=r"must be \+1 or -1.*2 \* reward - 1"):
+            loss(torch.tensor(reward))
+
+
+def test_a_row_without_a_completion_is_refused_and_integer_masks_and_rewards_are_taken():
+    logits, ref_logits, tokens, mask, reward = random_case(dtype=torch.float32)
+    expected = fpa_loss(logits, ref_logits, tokens, mask, reward)
+    assert fpa_loss(logits, ref_logits, tokens, mask.long(), reward.long()) == expected
+    mask[2] = False
+    mask[2, 0] = True  # no logits predict the first token
+    with pytest.raises(ValueError, match="no completion token"):
+        fpa_loss(logits, ref_logits, tokens, mask, reward)
+
+
+def test_fpa_loss_teaches_the_present_policy_only():
+    logits, ref_logits, tokens, mask, reward = random_case(dtype=torch.float32)
+    leaf, reference = logits.clone().requires_grad_(), ref_logits.clone().requires_grad_()
+    fpa_loss(leaf, reference, tokens, mask, reward).backward()
+    assert reference.grad is None and leaf.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_general_form_takes_the_mean_over_rows_or_pairs(pairs):
+    """DPO's own mean is over pairs: with `pairs` its FPA form at the present policy has DPO's gradient, not half of it."""
+    leaf = random_logp_sum().requires_grad_()
+    batch = batch_of(leaf)
+    values, coefficient = losses.dpo(batch.logratio, 0.3)
+    (expected,) = torch.autograd.grad(values.mean(), leaf, retain_graph=True)
+    loss, _ = fpa_form(batch.logp_sum, batch.reward, coefficient, coefficient, pairs=pairs)
+    (got,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(got, expected if pairs else expected / 2)
+    assert loss.shape == ()
+
+
+def test_log_probabilities_where_coefficients_belong_are_refused():
+    logp_sum, reward = torch.tensor([-3.0, -4.0]), torch.tensor([1.0, -1.0])
+    good = torch.tensor([0.1, 0.2])
+    for present, future in ((logp_sum, good), (good, logp_sum), (logp_sum, logp_sum)):
+        with pytest.raises(ValueError, match="coefficients C >= 0.*not log-probabilities"):
+            fpa_form(logp_sum, reward, present, future)
+
+
+# --- the table
+
+
+def test_rows_have_the_defaults_of_their_functions_and_a_flag_for_each():
+    for row in LOSSES.values():
+        arguments = inspect.signature(row.function).parameters
+        for name, value in row.defaults.items():
+            assert name in losses.HYPERPARAMETERS and (name not in arguments or arguments[name].default == value)
+        assert row.label and row.idea and len(row.coefficients) == 2
+        assert not row.form_of or LOSSES[row.form_of].has_fpa_form
+
+
+def test_an_unknown_loss_names_the_known_ones():
+    with pytest.raises(KeyError, match="unknown loss 'ppo'.*off_rl, fpa"):
+        objective(batch_of(random_logp_sum()), run_of("ppo"))
 
 
 def closed_form(logits, coefficient, tokens, mask, reward):
@@ -212,8 +348,7 @@ def test_fpa_from_logits_is_the_closed_form(target):
 
     leaf = logits.clone().requires_grad_()
     logp_sum, future_logp_sum = sum_logp(leaf, tokens, mask), sum_logp(future_logits(leaf, ref_logits, lam), tokens, mask)
-    present, at_future = (off_rl(values, length, reward)[1] for values in (logp_sum, future_logp_sum))
-    surrogate, returned = fpa(logp_sum, reward, present, at_future, target)
+    surrogate, returned = fpa(logp_sum, future_logp_sum, length, reward, target)
     surrogate.sum().backward()
     torch.testing.assert_close(returned, coefficient)
     torch.testing.assert_close(leaf.grad, closed_form(logits, coefficient, tokens, mask, reward))
@@ -225,15 +360,17 @@ def test_stop_gradient_stops():
     leaf = logits.clone().requires_grad_()
     assert not future_logits(leaf, ref_logits, 2.0).requires_grad
     attached = sum_logp(leaf, tokens, mask).exp()
-    surrogate, coefficient = fpa(torch.full((len(reward),), -0.5), reward, attached, attached)
+    surrogate, coefficient = fpa_form(torch.full((len(reward),), -0.5), reward, attached, attached)
+    assert not surrogate.requires_grad and not coefficient.requires_grad
+    surrogate, coefficient = fpa(torch.full((len(reward),), -0.5), attached.log(), mask.sum(-1), reward)
     assert not surrogate.requires_grad and not coefficient.requires_grad
 
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_one_step_moves_the_way_the_sign_says(name):
     leaf = torch.full((2,), -3.0, requires_grad=True)
-    batch = {**batch_of(leaf), "logratio": leaf + 3.0, "mean_reward": torch.zeros(2), "value": torch.full((2,), 0.5)}
-    LOSSES[name](batch, {**SETTINGS, "shift": 0.0})[0].sum().backward()
+    batch = changed(batch_of(leaf), logratio=leaf + 3.0, mean_reward=torch.zeros(2), value=torch.full((2,), 0.5))
+    LOSSES[name](batch, run_of(name, shift=0.0))[0].sum().backward()
     assert leaf.grad[0] < 0 and (leaf.grad[1] == 0 if name == "sft" else leaf.grad[1] > 0)  # descent raises the correct one
 
 
@@ -242,10 +379,10 @@ def test_one_step_moves_the_way_the_sign_says(name):
 def test_finite_at_extreme_log_probabilities(name, scale):
     for present in (-scale, 0.0):
         for future in (-scale, 0.0):
-            for target in (None, *(["both"] if name in WITH_FPA_FORM else [])):
+            for lam in (0.0, *([2.0] if name in WITH_FPA_FORM else [])):
                 leaf = torch.full((12,), present, requires_grad=True)
-                batch = batch_of(leaf, scale=scale)
-                loss, coefficient = objective(batch, torch.full((12,), future), {**SETTINGS, "loss": name, "target": target})
+                batch = changed(batch_of(leaf, scale=scale), future_logp_sum=torch.full((12,), future))
+                loss, coefficient = objective(batch, run_of(name, lam=lam))
                 loss.backward()
                 assert torch.isfinite(loss) and torch.isfinite(coefficient).all() and torch.isfinite(leaf.grad).all()
 
@@ -265,15 +402,16 @@ def test_finite_at_extreme_logits(lam, scale, V, dtype, T):
     for ref_logits in (torch.zeros_like(logits), -logits.detach()):
         future = sum_logp(future_logits(leaf, ref_logits, lam), tokens, mask)
         for reward in (torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0])):
-            coefficients = [off_rl(values, length, reward)[1] for values in (present, future)]
-            for values, coefficient in (off_rl(present, length, reward), fpa(present, reward, *coefficients)):
+            for values, coefficient in (off_rl(present, length, reward), fpa(present, future, length, reward)):
                 (gradient,) = torch.autograd.grad(values.sum(), leaf, retain_graph=True)
                 assert torch.isfinite(values).all() and torch.isfinite(coefficient).all() and torch.isfinite(gradient).all()
 
 
 def test_unknown_target_is_named():
     with pytest.raises(ValueError, match="'wrong'.*both, correct, incorrect"):
-        fpa(torch.zeros(2), torch.ones(2), torch.zeros(2), torch.zeros(2), "wrong")
+        fpa(torch.zeros(2), torch.zeros(2), torch.ones(2), torch.ones(2), "wrong")
+    with pytest.raises(ValueError, match="'wrong'.*both, correct, incorrect"):
+        fpa_form(torch.zeros(2), torch.ones(2), torch.zeros(2), torch.zeros(2), "wrong")
 
 
 # --- against TRL
@@ -441,15 +579,15 @@ def test_grpo_by_hand():
     ratio = torch.tensor([[1.5, 0.5], [1.5, 9.0]])
     old = torch.full((2, 2), -1.0)
     leaf = (old + ratio.log()).requires_grad_()
-    rows = losses.grpo(leaf, old, torch.tensor([2.0, -1.0]), mask)
+    rows = losses.grpo(leaf, torch.tensor([2.0, -1.0]), mask, old_logps=old)[0]
     assert rows.tolist() == pytest.approx([-(2 * 1.2 + 2 * 0.5) / 2, 1.5])  # 1.5 is clipped to 1.2 where A > 0 only
     rows.sum().backward()
     assert leaf.grad.tolist() == [pytest.approx([0, -0.5]), pytest.approx([1.5, 0])]
-    small = losses.grpo(old + math.log(0.5), old, torch.tensor([2.0, -1.0]), mask)
+    small = losses.grpo(old + math.log(0.5), torch.tensor([2.0, -1.0]), mask, old_logps=old)[0]
     assert small.tolist() == pytest.approx([-2 * 0.5, 0.8])  # 0.5 is clipped to 0.8 where A < 0 only
-    per_token = losses.grpo(leaf, old, torch.tensor([2.0, -1.0]), mask, token_level=True).mean()
+    per_token = losses.grpo(leaf, torch.tensor([2.0, -1.0]), mask, dapo=True, old_logps=old)[0].mean()
     assert per_token.item() == pytest.approx(-(2 * 1.2 + 2 * 0.5 - 1.5) / 3)  # three tokens in the batch
-    assert losses.grpo(leaf, old, torch.tensor([2.0, -1.0]), torch.zeros_like(mask)).tolist() == [0, 0]
+    assert losses.grpo(leaf, torch.tensor([2.0, -1.0]), torch.zeros_like(mask), old_logps=old)[0].tolist() == [0, 0]
 
 
 def test_grpo_on_its_own_samples_is_reinforce_with_the_advantage():
@@ -457,5 +595,5 @@ def test_grpo_on_its_own_samples_is_reinforce_with_the_advantage():
     advantage = torch.tensor([1.2, -0.3, 0.4, -2.0, 0.1, 0.6])
     leaf = logits.clone().requires_grad_()
     logps = token_logps(leaf, tokens, mask)
-    losses.grpo(logps, logps.detach(), advantage, mask).sum().backward()
+    losses.grpo(logps, advantage, mask)[0].sum().backward()
     torch.testing.assert_close(leaf.grad, closed_form(logits, 1 / mask.sum(-1), tokens, mask, advantage))

@@ -8,7 +8,7 @@ import argparse
 import random
 from pathlib import Path
 
-from files import UserError
+from plumbing.files import UserError
 
 from .problems import draw_problems, verify, write_trace
 from .rollouts import overlap, read_rows, rollout_rows

@@ -4,9 +4,13 @@ A rollout's line is `{"prompt", "completion", "label"}`, the unpaired preference
 `datasets.load_dataset("json", ...)` take, plus the problem's id, the first wrong step and whether the text is malformed.
 """
 
+import math
+from types import SimpleNamespace
+
 import torch
 
-from files import UserError, field, read_lines
+from losses import group_advantage
+from plumbing.files import UserError, field, read_lines
 
 from .problems import STEP_WIDTH, draw_problem, read_problem, verify, write_trace
 from .tokenizer import BOS, EOS, PAD, decode, encode
@@ -56,6 +60,21 @@ def sample(model, problems, n_samples, temperature, generator, bar=iter):
             problem, (text, finished) = some[row // n_samples], decode(tokens_of_row)
             samples.append((problem, text, finished, verify(problem, text, finished)))
     return samples
+
+
+def sample_groups(model, problems, run, generator):
+    """An online batch: a group of run.rollouts verified answers of the present policy to each problem.
+
+    With `dapo` the groups of one reward only are dropped, not sampled anew.
+    """
+    rows = rollout_rows(sample(model, problems, run.rollouts, 1.0, generator))
+    inputs, mask = (x.to(generator.device) for x in pack(rows))
+    reward = torch.tensor([1.0 if row["label"] else -1.0 for row in rows], device=generator.device)
+    advantage, start = group_advantage(reward, run.rollouts), len(rows[0]["prompt"])
+    kept = advantage != 0 if run.dapo else slice(None)
+    b = {"inputs": inputs, "tokens": inputs[:, start:], "mask": mask[:, start:], "reward": reward, "advantage": advantage}
+    b |= {"length": b["mask"].sum(-1), "ref_logp_sum": torch.full_like(reward, math.nan)}  # no reference policy
+    return SimpleNamespace(start=start, sampled=mask.sum(), **{name: values[kept] for name, values in b.items()})
 
 
 def rollout_rows(samples):

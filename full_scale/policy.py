@@ -1,0 +1,52 @@
+"""A checkpoint's GPT over the processes, and its log-probabilities of completions."""
+
+import functools
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+
+from plumbing.files import read_json
+
+from .chunked import chunked_logps
+from .load_hf import empty_model, fill, find_tensors, gpt_config
+
+
+def build(args, folder, mesh):
+    """The checkpoint's GPT, its parameters sharded over the processes, each of which reads its own part."""
+    model = empty_model(gpt_config(read_json(folder / "config.json"), folder / "config.json"))
+    places = find_tensors(folder, model)
+    lower = torch.bfloat16 if args.precision == "bf16" else None
+    # inputs are not cast: the rotary table stays fp32, and the embedding's output has the parameters' type already
+    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.layers:
+        if args.recompute:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "hidden")
+    model.to_empty(device=mesh.device_type)
+    fill(model, places)
+    model.folder = folder
+    return model
+
+
+def head_of(model):
+    """The output weights (V, D)."""
+    return model.embed_tokens.weight if model.config.tied_head else model.lm_head.weight
+
+
+def completion_hidden(model, tokens, mask):
+    """Hidden states (N, D) that predict the completion tokens of tokens (B, T), row by row, and these tokens (N,)."""
+    return model.hidden(tokens)[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]]
+
+
+def logp_sums(hidden, head, targets, mask, *reference):
+    """logp_sum (B,) under the present and the future policy; `reference`: chunked_logps' last three arguments, or none."""
+    return [row_sums(logps, mask) for logps in chunked_logps(hidden, head, targets, *reference)]
+
+
+def row_sums(values, mask):
+    """(N,) values of completion tokens, row by row -> their sums (B,)."""
+    rows = mask[:, 1:].nonzero()[:, 0]
+    return torch.zeros(len(mask), device=values.device).index_add(0, rows, values)

@@ -1,0 +1,134 @@
+"""The reference policy without a second model: its hidden states are computed once and kept on disk, its head in memory.
+
+The cache is a folder for each checkpoint, data set, precision and number of processes. A hidden-*.safetensors file holds the
+hidden states of some rows' completion tokens; sums.safetensors holds every row's logp_sum. Each has its checksum beside it.
+"""
+
+import shutil
+import time
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+from losses import LOSSES
+from plumbing.files import UserError, digest, read_beside, write_beside, write_tensors
+from plumbing.log import progress
+
+from .data import pack
+from .policy import build, completion_hidden, head_of, logp_sums
+from .processes import agreed, is_first, say, summed
+
+SHARD_BYTES = 2**30  # of hidden states in a file
+
+
+def future_lam(run):
+    """How far a run's loss extrapolates: 0 where it never looks at the future policy."""
+    loss = LOSSES[run.loss]
+    return getattr(run, "lam", 0.0) if loss.has_fpa_form or "future_logp_sum" in loss.inputs else 0.0
+
+
+def read_cache(folder):
+    """Whether the reference's files are there, and whole. Raises UserError where one is damaged or gone."""
+    facts = read_beside(folder / "sums.safetensors")
+    for name in facts["files"] if facts else ():
+        if read_beside(folder / name) is None:
+            raise UserError(f"{folder / name}: gone; remove {folder} to make it anew")
+    return facts is not None
+
+
+class Reference:
+    """The reference policy: logp_sum and mismatched_logp_sum (N,), seconds, head (V, D), and `hidden`, from disk or a model.
+
+    mismatched_logp_sum is that of the completions after `data.other_prompt`, and 0 where there are none.
+    """
+
+    def __init__(self, args, run, model, data, key, mesh):
+        """The model is still the reference policy; key names it and the data. Raises UserError where the disk is too small."""
+        self.data, self.device, self.live = data, mesh.device_type, None
+        with torch.no_grad():
+            head = head_of(model)
+            head = head.full_tensor() if isinstance(head, DTensor) else head
+            self.head = head.to(torch.bfloat16 if args.precision == "bf16" else torch.float32, copy=True)
+        stored = future_lam(run) > 0 and args.reference == "cached"
+        if future_lam(run) > 0 and args.reference == "live":
+            self.live = build(args, model.folder, mesh).requires_grad_(False)
+        key = digest([key, args.precision, stored, data.other_prompt is not None, dist.get_world_size()])
+        self.cache = args.out / "cache" / f"reference-{key}"
+        began, size = time.time(), data.length.sum().item() * self.head.element_size() * self.head.shape[1] * stored
+        free, there = agreed((shutil.disk_usage(args.out).free, read_cache(self.cache)) if is_first() else None)
+        if not there:
+            if size > free:
+                raise UserError(f"{args.out}: the reference takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+            self.compute(args.micro_batch, model, stored)
+        say(f"reference     {'cached  ' if there else f'{time.time() - began:6.1f} s'}     {self.cache}   {size / 1e9:.1f} GB")
+        sums = load_file(self.cache / "sums.safetensors")
+        self.logp_sum, self.mismatched_logp_sum, self.seconds = (sums[name] for name in ("logp_sum", "mismatched", "seconds"))
+        self.find_hidden()
+
+    def find_hidden(self):
+        """Fill `places`: row -> (open file, where its hidden states begin, where they end)."""
+        self.places = {}
+        for path in sorted(self.cache.glob("hidden-*.safetensors")):
+            file = safe_open(path, "pt")
+            rows = file.get_tensor("rows")
+            ends = self.data.length[rows].cumsum(0).tolist()
+            self.places |= {row: (file, begin, end) for row, begin, end in zip(rows.tolist(), [0, *ends], ends)}
+
+    @torch.no_grad()
+    def compute(self, micro_batch, model, stored):
+        """Run every row through the model once; the hidden states go to this process's files, the sums to one of all."""
+        data, began = self.data, time.time()
+        self.cache.mkdir(parents=True, exist_ok=True)
+        sums, mismatched = torch.zeros(len(data.reward)), torch.zeros(len(data.reward))
+        rank, world = dist.get_rank(), dist.get_world_size()
+        waiting, files = [], 0
+        batches = (data.prompt_length + data.length).argsort().split(micro_batch * world)
+        for batch in progress(batches, desc="reference", disable=rank > 0 or None):
+            mine = len(batch) > rank
+            rows = batch[rank::world] if mine else batch[:1]  # every process takes part in every forward
+            hidden, logp_sum = self.forward(model, rows)
+            sums[rows] = logp_sum if mine else sums[rows]
+            if data.other_prompt is not None:
+                moved = self.forward(model, rows, data.other_prompt[rows])[1]
+                mismatched[rows] = moved if mine else mismatched[rows]
+            waiting += [(rows, hidden.to(self.head.dtype).cpu())] * (stored and mine)
+            if sum(hidden.nbytes for _, hidden in waiting) > SHARD_BYTES:
+                self.write(waiting, rank, files)
+                waiting, files = [], files + 1
+        if waiting:
+            self.write(waiting, rank, files)
+        model.reshard()  # FSDP2 does so in backward only, and the optimizer wants the shards
+        sums, mismatched = summed(sums.to(self.device)).cpu(), summed(mismatched.to(self.device)).cpu()
+        if rank == 0:  # after every process's files, and last: it says that they are whole
+            seconds, names = torch.tensor(time.time() - began), sorted(x.name for x in self.cache.glob("hidden-*.safetensors"))
+            write_tensors(self.cache / "sums.safetensors", {"logp_sum": sums, "mismatched": mismatched, "seconds": seconds})
+            write_beside(self.cache / "sums.safetensors", {"files": names})
+        dist.barrier()
+
+    def forward(self, model, rows, prompts=None):
+        """Hidden states (N, D) of some rows' completions, and their logp_sum (B,) on the CPU."""
+        tokens, mask = pack(self.data, rows, self.device, prompts)
+        hidden, targets = completion_hidden(model, tokens, mask)
+        return hidden, logp_sums(hidden, self.head, targets, mask)[0].cpu()
+
+    def write(self, waiting, rank, number):
+        """Put hidden states, (rows, hidden) pairs, into a file of this process."""
+        rows, hidden = zip(*waiting)
+        path = self.cache / f"hidden-{rank:03}-{number:05}.safetensors"
+        write_tensors(path, {"rows": torch.cat(rows), "hidden": torch.cat(hidden)})
+        write_beside(path, {})
+
+    def future(self, rows, tokens, mask, lam):
+        """chunked_logps' last three arguments for some rows: hidden states (N, D), head and lam; none where lam is 0."""
+        return (self.hidden(rows, tokens, mask), self.head, lam) if lam else ()
+
+    def hidden(self, rows, tokens, mask):
+        """The reference's hidden states (N, D) of some rows' completions."""
+        if self.live is not None:
+            with torch.no_grad():
+                return completion_hidden(self.live, tokens, mask)[0]
+        places = [self.places[row] for row in rows.tolist()]
+        return torch.cat([file.get_slice("hidden")[begin:end] for file, begin, end in places]).to(self.device)

@@ -1,0 +1,300 @@
+"""Command lines: numbers that are checked, names that are corrected, errors of one line, and the flags of a table of losses."""
+
+import argparse
+import contextlib
+import difflib
+import itertools
+import math
+import os
+import re
+import sys
+from concurrent.futures.process import BrokenProcessPool
+
+import torch
+
+from .files import Interrupted, NonFiniteError, UserError, one_line, printable_path
+from .keeper import interruptible
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+NO_DEFAULT = "%(default).0s"  # keeps argparse from adding a default to a flag's help
+
+
+# --- values
+
+
+def spelling(text):
+    """The spelling of a number or of several that works, in words, where somebody would write `text` for it."""
+    if span := re.fullmatch(r"(\d+)(?:-|\.\.|:)(\d+)", text):
+        first, last = map(int, span.groups())
+        if first < last < first + 100:
+            return f"; write {' '.join(map(str, range(first, last + 1)))}"
+    if "," in text.strip(","):
+        return f"; write {' '.join(text.replace(',', ' ').split())}"
+    with contextlib.suppress(ValueError, OverflowError):
+        if float(text) == int(float(text)) and not text.isdigit():
+            return f"; write {int(float(text))}"
+    return ""
+
+
+def checked(kind, accepts, described):
+    """An argparse type: int or float, finite and within its range, or a message that says what it must be."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not accepts(value):
+            raise argparse.ArgumentTypeError(f"must be {described}, not {text!r}{spelling(text)}")
+        return value + 0  # -0.0 is 0.0
+
+    return parse
+
+
+def count_up_to(most):
+    return checked(int, lambda value: 1 <= value <= most, f"a whole number from 1 to {most:,}")
+
+
+count = count_up_to(10**9)
+answer_length = count_up_to(2**17)  # whose keys and values are kept
+natural = checked(int, lambda value: 0 <= value < 2**31, "a whole number of at least 0 and below 2^31")
+positive = checked(float, lambda value: value > 0, "a finite number above 0")
+learning_rate = checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+temperature = checked(float, lambda value: value >= 1e-6, "a finite number of at least 1e-6")
+not_negative = checked(float, lambda value: value >= 0, "a finite number of at least 0")
+finite = checked(float, lambda value: True, "a finite number")
+zero_or_temperature = checked(float, lambda value: value == 0 or value >= 1e-6, "0 or a finite number of at least 1e-6")
+share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def nearest(word, names):
+    """`; did you mean NAME?` where one of the names is near, else nothing."""
+    near = difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def one_of(names, also=None):
+    """An argparse type: one of some names, in any case, with hyphens or underscores. `also` maps other words to names."""
+    also = also or {}
+
+    def parse(text):
+        plain = text.lower().replace("-", "_").strip()
+        if plain in names:
+            return plain
+        hint = f"; did you mean {also[plain]}?" if plain in also else nearest(plain, names)
+        if "," in text:
+            hint = f"; write {' '.join(text.replace(',', ' ').split())}"
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, not {text!r}{hint}")
+
+    return parse
+
+
+# --- parsers and errors
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line without the usage, name the nearest flag, and end with exit code 2."""
+
+    losses = ()  # a word that is one of these lacks --loss
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def typed(self, flag, value):
+        """The command that was typed with another value of a flag: the spelling that works."""
+        words = self.words
+        if flag in words:
+            begin = words.index(flag)
+            end = next((i for i in range(begin + 1, len(words)) if words[i].startswith("--")), len(words))
+            words = words[:begin] + words[end:]
+        program = self.prog if self.prog.startswith("python") else f"python {self.prog}"
+        return " ".join([program, *words, flag, str(value)])
+
+    def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            lacks = unknown[1].lower().replace("-", "_") in self.losses
+            message += f"; did you mean --loss {unknown[1]}?" if lacks else nearest(unknown[1], self._option_string_actions)
+        if misspelt := re.match(r"argument [^:]*: invalid \w+ value: (.*)", message):  # printable_path
+            message = f"{message.split(': invalid')[0]}: not a path that one line can show: {misspelt[1]}"
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def command_line(description, **words):
+    """A `Parser`; `words` are argparse's."""
+    return Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **words)
+
+
+@contextlib.contextmanager
+def command(program, kept="what is finished stays", path="."):
+    """Turn what goes wrong in a command into one line on stderr and an exit code.
+
+    2 for what the user can mend, 3 for a loss that is not finite, 128 + number for a signal. Output that is cut off, as by
+    `head`, is no error. `kept` says what an interruption leaves; `path` is named where an error names no file.
+    """
+    try:
+        with interruptible():
+            yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still printed goes nowhere
+        sys.exit(0)
+    except Interrupted as signalled:
+        print(f"interrupted: {kept}", file=sys.stderr)
+        sys.exit(128 + signalled.args[0])
+    except (UserError, NonFiniteError, OSError, BrokenProcessPool, torch.OutOfMemoryError) as error:
+        print(f"{program}: error: {one_line(error, path)}", file=sys.stderr)
+        sys.exit(3 if isinstance(error, NonFiniteError) else 2)
+
+
+# --- the flags of a table of losses (losses.py's LOSSES and HYPERPARAMETERS, which are given as arguments)
+
+
+def users(name, losses):
+    """The losses that a hyperparameter's flag changes."""
+    fpa = name in ("lam", "target")
+    return [loss for loss, row in losses.items() if name in row.defaults or (fpa and row.has_fpa_form)]
+
+
+def add_method_flags(parser, losses, hyperparameters, default):
+    """The flags that choose the method; `methods` reads them. Every one takes several values."""
+    add = parser.add_argument_group("method").add_argument
+    parser.losses = tuple(losses)
+    add("--loss", nargs="+", default=default, type=one_of(losses), metavar="NAME", help=f"{', '.join(losses)}")
+    for name, flag in hyperparameters.items():
+        having = users(name, losses)
+        defaults = {loss: losses[loss].defaults[name] for loss in having if name in losses[loss].defaults}
+        if isinstance(next(iter(defaults.values())), bool):
+            add(f"--{name}", action="store_true", default=None, help=f"{', '.join(having)}: {flag.help}{NO_DEFAULT}")
+            continue
+        if flag.choices:
+            kind = one_of(flag.choices)
+        else:
+            kind = finite if flag.at_least is None and flag.above is None else positive if flag.above == 0 else not_negative
+        words = {", ".join(f"{loss} {value}" for loss, value in defaults.items())}
+        shown = f" (default: {words.pop()}{', else 0' if name == 'lam' else ''}){NO_DEFAULT}"
+        metavar = "ROWS" if flag.choices else "X"
+        add(f"--{name}", nargs="+", type=kind, metavar=metavar, help=f"{', '.join(having)}: {flag.help}{shown}")
+
+
+def methods(args, losses, hyperparameters):
+    """The settings of every method that the flags ask for: {"loss", and the hyperparameters that it uses}.
+
+    lam = 0 is the plain loss, without lam and target. A loss that another is the FPA form of becomes that one at lam > 0, and
+    the other way round; beside its FPA form it stays plain.
+    """
+    forms = {row.form_of: name for name, row in losses.items() if row.form_of}
+    found = []
+    for loss in args.loss:
+        own = [name for name in hyperparameters if loss in users(name, losses)]
+        given = {name: getattr(args, name) for name in own}
+        default = losses[loss].defaults.get
+        lists = [[default(name)] if v is None else v if isinstance(v, list) else [v] for name, v in given.items()]
+        for combination in itertools.product(*lists):
+            found.append(method_settings(loss, dict(zip(own, combination)), losses, forms, forms.get(loss) in args.loss))
+    return found
+
+
+def method_settings(loss, values, losses, forms, beside_its_form):
+    """One method's settings, from a value for each of its flags; None is what the loss itself has no default for."""
+    row = losses[loss]
+    if row.has_fpa_form or row.form_of:
+        lam = 0.0 if beside_its_form else values["lam"] or 0.0
+        loss = forms.get(loss, loss) if lam else row.form_of or loss
+        values = {**values, "lam": lam, "target": values["target"] or "both"}
+        if not lam:
+            values = {name: value for name, value in values.items() if name not in ("lam", "target")}
+    return {"loss": loss, **values}
+
+
+def method_words(method, hyperparameters):
+    """The words of a run's name that say its method."""
+    words = [method["loss"]]
+    for name in hyperparameters:
+        value = method.get(name)
+        if isinstance(value, bool):
+            words += [name] * value
+        elif isinstance(value, str):
+            words.append(value)
+        elif value is not None:
+            words.append(f"{name}{value:g}")
+    return words
+
+
+def reinterpreted(args, losses, hyperparameters):
+    """What the flags ask for under another name, a line each."""
+    said = []
+    for loss in args.loss:
+        for method in methods(argparse.Namespace(**{**vars(args), "loss": [loss]}), losses, hyperparameters):
+            beside = method["loss"] in args.loss and method["loss"] != loss and losses[method["loss"]].form_of
+            if method["loss"] != loss and not beside:
+                said.append(f"--loss {loss} with --lam {method.get('lam', 0):g} is {method['loss']}")
+    return list(dict.fromkeys(said))
+
+
+def check_method_flags(parser, args, losses, hyperparameters):
+    """Refuse flags of other losses than those that are asked for, and a target without lam."""
+    for name in hyperparameters:
+        having = users(name, losses)
+        if getattr(args, name) is not None and not set(having) & set(args.loss):
+            parser.error(f"argument --{name}: {' '.join(args.loss)} has none; only {', '.join(having)}")
+    if args.target is not None and not any("target" in method for method in methods(args, losses, hyperparameters)):
+        if args.lam is None:
+            parser.error(f"argument --target: {' '.join(args.loss)} needs --lam above 0; try: {parser.typed('--lam', 2)}")
+        parser.error(f"argument --target: no run uses it, because --lam is 0 for {' '.join(args.loss)}")
+
+
+MOST_ROWS = 10**8  # rows that a run trains on, since their order is drawn before its first step
+
+
+def check_rows(parser, args):
+    """Refuse more rows than an order is drawn for."""
+    rows = args.steps * args.batch_size
+    if rows > MOST_ROWS:
+        parser.error(f"argument --steps: times --batch-size must be at most {MOST_ROWS:,}, not {rows:,}")
+
+
+# --- training, and the machine
+
+
+def add_training_flags(parser):
+    """A run's length, its rows and its evaluations."""
+    add = parser.add_argument_group("training").add_argument
+    add("--seed", nargs="+", default=[0], type=natural, metavar="N", help="seed of the whole pipeline, base model included")
+    add("--steps", default=1000, type=count, metavar="N", help="optimizer steps")
+    add("--lr", nargs="+", default=[2e-4], type=learning_rate, metavar="X", help="AdamW's learning rate, constant")
+    add("--batch-size", default=64, type=count, metavar="N", help="trajectories a step; offline, half correct, half incorrect")
+    add("--skip-nonfinite", default=0, type=natural, metavar="N", help="leave out the updates of at most N steps whose loss or "
+        "gradient is not finite; one more stops the run")  # fmt: skip
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", default=50, type=count, metavar="N", help="steps between evaluations")
+    add("--eval-temperature", default=1.0, type=temperature, metavar="X", help="sampling temperature of the column `accuracy`")
+    add("--diagnostics", action="store_true", help="also measure gradient entanglement, extrapolation and single tokens")
+
+
+def add_machine_flags(parser):
+    """Where the work is done and kept."""
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", type=one_of(DEVICES, {"gpu": "cuda"}), metavar="NAME", help=f"{', '.join(DEVICES)}; "
+        "auto takes a GPU where there is one")  # fmt: skip
+    add("--jobs", default=0, type=natural, metavar="N", help="runs at once, a thread each; 0: one a CPU thread, one on a GPU")
+    add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder of the runs and of the cached stages")
+    add("--save-every", default=100, type=count, metavar="N", help="steps between checkpoints")
+    add("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on with an interrupted run from its last "
+        "checkpoint, or begin it anew")  # fmt: skip
+    add("--force", action="store_true", help="train finished runs anew; cached stages stay")
+
+
+def check_machine_flags(parser, args):
+    """Settle `--device auto`, and refuse a device that is not there and an output folder that cannot be written to."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if args.device == "auto":
+        args.device = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[args.device]:
+        parser.error(f"argument --device: there is no {args.device} device on this machine")
+    try:
+        existing = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
+    except OSError as error:  # a name that is too long, a folder that one may not enter
+        parser.error(f"argument --out: {error.strerror}: {args.out}")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        parser.error(f"argument --out: {existing} is not a folder that can be written to")

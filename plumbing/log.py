@@ -1,0 +1,194 @@
+"""The log of a run: its rows in log.csv, the line that it prints, and the numbers of every step by name.
+
+docs/log_columns.md explains every column. The numbers of a step stay on the device until a row or a checkpoint needs them, so
+that a GPU never waits for them at a step.
+"""
+
+import contextlib
+import functools
+import math
+import platform
+import time
+
+import torch
+from tqdm import tqdm
+
+from .files import NonFiniteError, write_csv
+
+FORMAT = 3  # of logs and cached stages, part of every digest: raise it when the meaning of one changes
+COLUMNS = (
+    "step loss grad_norm accuracy accuracy_greedy malformed logratio_correct logratio_incorrect pi_correct pi_incorrect "
+    "pihat_correct pihat_incorrect coefficient_correct coefficient_incorrect below_0.2_pi below_0.2_pihat skipped seconds "
+    "tokens_trained tokens_sampled"
+).split()
+MEANS = ("loss", "grad_norm", "coefficient_correct", "coefficient_incorrect")  # of a row, over the steps since the last one
+COUNTS = ("below_0.2_pi", "below_0.2_pihat", "tokens_trained", "tokens_sampled")  # running sums over all steps
+progress = functools.partial(tqdm, disable=None, leave=False)  # disable=None: a bar on a terminal only
+
+
+class Steps:
+    """The numbers of the steps since the last row, each a scalar on the device, by name.
+
+    `raise_if_not_finite` allows `tolerated` steps whose loss or gradient norm is not finite, over the whole run.
+    """
+
+    def __init__(self, what, tolerated=0, ids=None, kept=""):
+        self.what, self.tolerated, self.ids, self.kept = what, tolerated, ids, kept
+        self.numbers, self.first, self.skipped = {}, 0, 0
+
+    def add(self, **numbers):
+        for name, number in numbers.items():
+            self.numbers.setdefault(name, []).append(number.detach() if isinstance(number, torch.Tensor) else number)
+
+    def columns(self):
+        """{name: (steps,) float32 on the CPU}; a device is read here."""
+        return {name: torch.tensor([float(x) for x in values]) for name, values in self.numbers.items()}
+
+    def finite(self, columns):
+        """Which of the steps are finite (steps,)."""
+        return torch.stack([columns[name].isfinite() for name in ("loss", "grad_norm") if name in columns]).all(dim=0)
+
+    def raise_if_not_finite(self):
+        """Raises NonFiniteError that names the first step beyond those that are tolerated, and its problems."""
+        if not self.numbers:
+            return
+        columns = self.columns()
+        bad = (~self.finite(columns)).nonzero()[:, 0].tolist()
+        if self.skipped + len(bad) > self.tolerated:
+            at = bad[self.tolerated - self.skipped]
+            said = f"{self.what}step {self.first + at + 1}: loss {columns['loss'][at]:g}"
+            if "grad_norm" in columns:
+                said += f", gradient norm {columns['grad_norm'][at]:g}"
+            if self.ids is not None:
+                said += f"; problem ids of its batch: {self.ids[self.first + at].unique().tolist()}"
+            if self.tolerated:
+                said += f"; {self.tolerated} such steps before it were skipped"
+            raise NonFiniteError(said + self.kept)
+
+    def clear(self):
+        """Forget the numbers, and count the steps that were not finite."""
+        if self.numbers:
+            finite = self.finite(self.columns())
+            self.first, self.skipped, self.numbers = self.first + len(finite), self.skipped + (~finite).sum().item(), {}
+
+    def state(self):
+        """A part of a checkpoint (keeper.py). Raises NonFiniteError: what is not finite is not saved."""
+        self.raise_if_not_finite()
+        return {"first": self.first, "skipped": self.skipped, "numbers": self.columns()}
+
+    def restore(self, state):
+        self.first, self.skipped = state["first"], state["skipped"]
+        self.numbers = {name: list(values) for name, values in state.get("numbers", {}).items()}
+
+
+class Log:
+    """log.csv of one run, a row every `every` steps.
+
+    `measure(step, model)` gives the columns that an evaluation measures. `observers` are called before every step with the step
+    and whether a row is due; what they keep is kept with the log. seconds and sampled were spent before the first step.
+    `line(row, total, eta)` is what is printed for a row, after `title`.
+    """
+
+    def __init__(self, folder, measure, total, every, steps, observers=(), title="", line=None, seconds=0.0, sampled=0):
+        self.path, self.measure, self.total, self.every = folder / "log.csv", measure, total, every
+        self.steps, self.observers, self.title, self.line = steps, observers, title, line or progress_line
+        self.rows, self.counts = [], {**dict.fromkeys(COUNTS, 0), "tokens_sampled": sampled}
+        self.seconds, self.began, self.paused_for = seconds, time.time(), 0.0
+        self.first = None  # the step and the time of this process's first row
+
+    def add(self, **numbers):
+        """Keep the numbers of a step."""
+        self.steps.add(**numbers)
+
+    def spent(self):
+        """Seconds of sampling and training so far."""
+        return self.seconds + time.time() - self.began - self.paused_for
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time that the column `seconds` leaves out."""
+        paused = time.time()
+        try:
+            yield
+        finally:
+            self.paused_for += time.time() - paused
+
+    def look(self, step, model):
+        """Before a step, and after the last one: evaluate where a row is due, and call the observers. Raises as `evaluate`."""
+        due = step % self.every == 0 or step == self.total
+        if due:
+            self.evaluate(step, model)
+        with self.paused():
+            for observer in self.observers:
+                observer(step, due)
+
+    def evaluate(self, step, model):
+        """Measure, append a row to log.csv, and print a line. Raises NonFiniteError, and UserError where the disk is full."""
+        self.steps.raise_if_not_finite()
+        seconds = self.spent()
+        with self.paused():
+            self.rows.append(self.row(step, seconds, self.measure(step, model)))
+            write_csv(self.path, self.rows)
+            self.first = self.first or (step, time.time())
+            done, began = step - self.first[0], self.first[1]
+            eta = (time.time() - began) / done * (self.total - step) if done else math.nan
+            tqdm.write(self.title + self.line(self.rows[-1], self.total, eta))
+
+    def row(self, step, seconds, measured):
+        """A row of log.csv from what was measured now and from the steps since the last row, whose numbers it forgets."""
+        values = dict.fromkeys(COLUMNS, math.nan) | measured | {"step": step, "seconds": seconds}
+        if self.steps.numbers:
+            columns = self.steps.columns()
+            means = torch.stack([columns[name] for name in MEANS], dim=1)[self.steps.finite(columns)].nanmean(0)
+            values |= dict(zip(MEANS, means.tolist()))
+            for name in COUNTS:
+                if name in columns:
+                    self.counts[name] += int(columns[name].double().sum())
+        self.steps.clear()
+        return {name: ({**values, **self.counts, "skipped": self.steps.skipped})[name] for name in COLUMNS}
+
+    def state(self):
+        """A part of a checkpoint (keeper.py)."""
+        return {"rows": self.rows, "counts": self.counts, "seconds": self.spent(), "steps": self.steps.state(),
+                "observers": {str(i): observer.state() for i, observer in enumerate(self.observers)}}  # fmt: skip
+
+    def restore(self, state):
+        self.rows, self.counts, self.seconds = state["rows"], state["counts"], state["seconds"]
+        self.steps.restore(state["steps"])
+        for i, observer in enumerate(self.observers):
+            observer.restore(state["observers"][str(i)])
+
+
+def step_numbers(b, loss=0.0, grad_norm=0.0, coefficient=None):
+    """A step's numbers for `Log.add`, from its batch; coefficients are logged as C |y|, the weight of grad logp_mean.
+
+    Without a coefficient nothing was trained on.
+    """
+    values = {"loss": loss, "grad_norm": grad_norm}
+    values |= {"tokens_trained": b.length.sum(), "tokens_sampled": getattr(b, "sampled", 0)}
+    if coefficient is None:
+        return values | dict.fromkeys(MEANS[2:], math.nan) | dict.fromkeys(COUNTS[:2], 0)
+    weight, wrong = coefficient * b.length, b.reward < 0
+    values |= {"coefficient_correct": weight[b.reward > 0].mean(), "coefficient_incorrect": weight[wrong].mean()}
+    for name, logp_sum in (("below_0.2_pi", b.logp_sum), ("below_0.2_pihat", b.future_logp_sum)):
+        values[name] = (wrong & ((logp_sum.detach() / b.length).exp() < 0.2)).sum()
+    return values
+
+
+def progress_line(row, steps, eta):
+    """The line that training prints for a row of log.csv; eta in seconds."""
+    eta = "--:--" if math.isnan(eta) else f"{int(eta) // 60:2d}:{int(eta) % 60:02d}"
+    loss = f"{row['loss']:+.4f}" if row["step"] else "   --  "
+    return (
+        f"step {row['step']:5d}/{steps}  loss {loss}  accuracy {row['accuracy']:.3f}  "
+        f"greedy {row['accuracy_greedy']:.3f}  log-ratio correct {row['logratio_correct']:+8.2f} "
+        f"incorrect {row['logratio_incorrect']:+8.2f}  ETA {eta}"
+    )
+
+
+def environment(device):
+    """What fixes the last digits of a run, for config.json: the device, threads, torch, and the processor's name."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": cpu}

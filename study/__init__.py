@@ -1,0 +1,1 @@
+"""The experiments and what is made of them: runs, results, claims, figures, diagnostics, `explain`, the page, the benchmark."""

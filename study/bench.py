@@ -1,0 +1,749 @@
+"""Time and memory against the machine's own limit and against peers, and how they grow.
+
+    python -m study.bench           # everything, some thirteen minutes; prints the tables and writes them to docs/bench.md
+    python -m study.bench --quick   # within a minute: the toy's size only, few rounds, a main job of seconds; prints only
+
+What is compared within a process is timed in turn, round after round. A ratio is the median over the rounds, so a machine that
+slows down slows both. Peers are `pip install transformers trl`. Left out: GPUs, except for full_scale/'s own steps.
+"""
+
+import contextlib
+import datetime
+import functools
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import model as model_py
+from losses import future_logits, objective, token_logps
+from model import GPT, GPTConfig
+from plumbing import jobs
+from plumbing.files import write_text
+from plumbing.flags import NO_DEFAULT, command_line
+from plumbing.keeper import adamw, update
+from plumbing.log import environment, progress
+from toy_math import rollouts
+from toy_math.problems import draw_problems, write_trace
+from toy_math.stages import CONFIG, EVAL_PROBLEMS, Rollouts
+from toy_math.tokenizer import ALPHABET, BOS, EOS, PAD, VOCAB_SIZE
+from train import EVAL_SAMPLES, add_logps
+
+from . import results
+
+ROOT = Path(__file__).resolve().parent.parent
+LARGE = GPTConfig(vocab_size=VOCAB_SIZE, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1152)
+PAIRS, OPS = 32, 6
+REAL = {
+    "Qwen2.5-0.5B": {"vocab_size": 151_936, "d_model": 896, "n_layers": 24, "n_heads": 14, "n_kv_heads": 2, "d_ff": 4864,
+                     "rope_theta": 1e6, "qkv_bias": True},
+    "Qwen2.5-Math-1.5B": {"vocab_size": 151_936, "d_model": 1536, "n_layers": 28, "n_heads": 12, "n_kv_heads": 2, "d_ff": 8960,
+                          "qkv_bias": True},
+}  # fmt: skip
+RUNS = {"off_rl": SimpleNamespace(loss="off_rl", lam=0.0), "fpa": SimpleNamespace(loss="fpa", lam=2.0, target="both")}
+SMALL_JOB = "--ops 1 --base-steps 300 --slip 0.3 --prompts 64 --steps 100 --eval-every 50".split()  # seconds, for --quick
+
+
+# --- measuring
+
+
+def in_turn(rounds, **functions):
+    """{name: seconds (rounds,)} of functions called one after the other, after one round that does not count."""
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
+
+
+def ratio(over, under):
+    """Median of the rounds' ratios, and the same in words with the range of their middle half."""
+    low, middle, high = np.quantile(over / under, [0.25, 0.5, 0.75])
+    return round(middle, 2), f"{middle:.2f} ({low:.2f}–{high:.2f})"
+
+
+def goal(value, sign, bound):
+    """The last two columns: the goal, and whether a figure, rounded as it is printed, meets it."""
+    return f"{sign} {bound}", "yes" if (value >= bound if sign == "≥" else value <= bound) else "**no**"
+
+
+NO_GOAL = ("", "")
+
+
+# --- what is measured
+
+
+def pair_rows(pairs=PAIRS, ops=OPS):
+    """Clean solutions of some problems, then slipped ones of the same problems."""
+    rng, rows = random.Random(0), []
+    for slipped in (False, True):
+        for problem in draw_problems(pairs, ops, "train", random.Random(1)):
+            completion, slips = write_trace(problem)
+            while slipped and not slips:
+                completion, slips = write_trace(problem, 0.12, rng)
+            rows.append({"prompt": problem.prompt, "completion": completion, "finished": True})
+    return rows
+
+
+def pair_data(config=CONFIG, pairs=PAIRS, ops=OPS):
+    """`pair_rows` as toy_math/stages.py prepares rollouts; the reference logits are those of random weights."""
+    rows = pair_rows(pairs, ops)
+    tokens, mask = rollouts.pack(rows)
+    start = len(rows[0]["prompt"])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        ref_logits = GPT(config)(tokens, start)
+    reward = torch.tensor([1.0] * pairs + [-1.0] * pairs)
+    return Rollouts(tokens, mask, start, ref_logits, reward=reward)
+
+
+def make(config):
+    """A model with random weights, and its optimizer."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    return model, adamw(model, 1e-4)
+
+
+def step_on(model, optimizer, data, rows, run):
+    """One training step of train.py on some rows -> its loss and gradient norm (2,)."""
+    b = data[rows]
+    add_logps(model, b, run.lam)
+    loss, _ = objective(b, run)
+    return torch.stack([loss.detach(), update(model, optimizer, loss)])
+
+
+def stepper(config, data, loss_name="fpa"):
+    """A function that takes one training step on all of the data."""
+    model, optimizer = make(config)
+    return functools.partial(step_on, model, optimizer, data, torch.arange(len(data)), RUNS[loss_name])
+
+
+# --- 1. roofline
+
+
+def linear_shapes(config, data):
+    """(rows, inputs, outputs) of every matrix product of a forward pass but attention's; the head sees completions only."""
+    B, T = data.inputs.shape
+    modules = [m for m in GPT(config).modules() if isinstance(m, torch.nn.Linear)]
+    return [(B * T, m.in_features, m.out_features) for m in modules] + [
+        (B * (T - data.start), config.d_model, config.vocab_size)
+    ]
+
+
+def step_flops(config, data):
+    """Floating-point operations of a training step: NOTES has the formula in words."""
+    B, T = data.inputs.shape
+    linear = sum(2 * m * k * n for m, k, n in linear_shapes(config, data))
+    attention = config.n_layers * 4 * B * T * T * config.d_model
+    return 3 * (linear + attention)
+
+
+def own_sizes(config, data):
+    """A function that multiplies what a step's linear layers multiply, forward and backward, and its operations."""
+    products = []
+    for m, k, n in linear_shapes(config, data):
+        x, w, dy = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
+        products += [(x, w.T), (dy, w), (dy.T, x)]  # y, dx, dw
+
+    def multiply():
+        for a, b in products:
+            a @ b
+
+    return multiply, sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in products)
+
+
+def roofline(rounds, quick):
+    """Rows: the step's rate over that of its own matrix products, on all threads, on one, and at 10 M parameters."""
+    square, threads = torch.randn(2048, 2048), torch.get_num_threads()
+    cases = [("toy", CONFIG, count, 0.5) for count in sorted({1, threads}, reverse=True)]
+    cases += [] if quick else [("10 M", LARGE, threads, 0.8)]
+    rows = []
+    for name, config, count, bound in cases:
+        torch.set_num_threads(count)
+        data = pair_data(config)
+        own, own_flops = own_sizes(config, data)
+        n = rounds if config is CONFIG else 5
+        seconds = in_turn(n, step=stepper(config, data), own=own, square=lambda: square @ square)
+        flops = {"step": step_flops(config, data), "own": own_flops, "square": 2 * 2048**3}
+        rates = {key: flops[key] / seconds[key] / 1e9 for key in flops}
+        step, own, large = (np.median(rate) for rate in rates.values())
+        value, words = ratio(rates["step"], rates["own"])
+        what = f"{name}, {count} thread{'s' * (count > 1)}, {flops['step'] / 1e9:.1f} GFLOP a step"
+        rows.append((what, f"{words}: {step:.0f} of {own:.0f} GFLOP/s; large {large:.0f}", *goal(value, "≥", bound)))
+    torch.set_num_threads(threads)
+    return rows
+
+
+# --- 2. overhead of FPA
+
+
+def peak_memory(loss_name, config):
+    """Peak resident MiB of a few steps on 8,192 rollouts; Off-RL goes without reference logits. For a process of its own."""
+    data, copies = pair_data(config), 8192 // 2 // PAIRS
+    model, optimizer = make(config)
+    data.columns = {name: values.repeat_interleave(copies, dim=0) for name, values in data.columns.items()}
+    if loss_name == "off_rl":
+        del data.columns["ref_logits"]
+    for first in range(3):
+        step_on(model, optimizer, data, torch.arange(first, 8192, copies), RUNS[loss_name])
+    return peak_resident()
+
+
+def peak_resident():
+    """This process's peak resident memory so far, in MiB."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def overhead(rounds, quick):
+    """Rows: step time and peak memory of FPA over Off-RL's."""
+    rows = []
+    for name, config in [("toy", CONFIG)] + [("10 M", LARGE)] * (not quick):
+        data = pair_data(config)
+        n = 2 * rounds if name == "toy" else 5
+        seconds = in_turn(n, off_rl=stepper(config, data, "off_rl"), fpa=stepper(config, data))
+        value, words = ratio(seconds["fpa"], seconds["off_rl"])
+        rows.append((f"{name}: step time, FPA / Off-RL", words, *goal(value, "≤", 1.03)))
+        if not Path("/proc/self/status").exists():
+            rows.append((f"{name}: peak memory", "needs /proc", *NO_GOAL))
+            continue
+        peaks = {"off_rl": [], "fpa": []}
+        for loss_name in list(peaks) * (1 if quick else 3):  # a process each: a peak stays a peak
+            with jobs.workers(1) as pool:
+                peaks[loss_name].append(pool.submit(peak_memory, loss_name, config).result())
+        peaks = {loss_name: np.median(values) for loss_name, values in peaks.items()}
+        value, more = round(peaks["fpa"] / peaks["off_rl"], 2), peaks["fpa"] - peaks["off_rl"]
+        words = f"{value:.2f}: {more:.0f} MiB more than {peaks['off_rl']:.0f} MiB"
+        rows.append((f"{name}: peak memory, FPA / Off-RL", words, *goal(value, "≤", 1.02)))
+    return rows
+
+
+# --- 3. peers
+
+
+def llama(model, attention="sdpa"):
+    """transformers' LlamaForCausalLM with this model's weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    peer = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads, intermediate_size=c.d_ff, rope_theta=c.rope_theta, rms_norm_eps=c.norm_eps,
+            tie_word_embeddings=c.tied_head, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
+            attn_implementation=attention,
+        )
+    )  # fmt: skip
+    missing, unexpected = peer.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()}, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected  # tied
+    return peer
+
+
+def against_llama(config, rounds):
+    """Forward, backward and optimizer step on the same tokens."""
+    tokens, mask = rollouts.pack(pair_rows())
+    model, optimizer = make(config)
+
+    def step(policy, optimizer, **words):
+        logits = policy(tokens, **words)
+        loss = -token_logps(logits if policy is model else logits.logits, tokens, mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    contestants = {"ours": functools.partial(step, model, optimizer)}
+    for attention in ("sdpa", "eager"):
+        peer = llama(model, attention)
+        torch.testing.assert_close(peer(tokens).logits, model(tokens), rtol=1e-3, atol=1e-3)
+        contestants[attention] = functools.partial(step, peer, adamw(peer, 1e-4), use_cache=False)
+    return in_turn(rounds, **contestants)
+
+
+def against_generate(config, rounds, problems):
+    """EVAL_SAMPLES samples of each problem, as an evaluation takes them."""
+    model = GPT(config)
+    prompts = rollouts.prompt_tokens(draw_problems(problems, OPS, "test", random.Random(0)))
+    width = rollouts.max_completion_tokens(OPS)
+    split = prompts.split(rollouts.problems_at_once(EVAL_SAMPLES, prompts.device))
+
+    def peer_samples(peer, batches):
+        for some in batches:
+            tokens = peer.generate(
+                some, attention_mask=torch.ones_like(some), max_new_tokens=width, do_sample=True, temperature=1.0, top_k=0,
+                top_p=1.0, eos_token_id=None, num_return_sequences=EVAL_SAMPLES,
+            )  # fmt: skip
+            assert tokens.shape == (len(some) * EVAL_SAMPLES, some.shape[1] + width)
+
+    def our_samples():
+        for some in split:
+            model.generate(some, width, eos=-1, pad=PAD, samples=EVAL_SAMPLES)
+
+    contestants = {"ours": our_samples}
+    for attention in ("sdpa", "eager"):
+        peer = llama(model, attention).eval()
+        contestants[f"{attention}, split"] = functools.partial(peer_samples, peer, split)
+        contestants[f"{attention}, at once"] = functools.partial(peer_samples, peer, [prompts])
+    return in_turn(rounds, **contestants)
+
+
+def toy_tokenizer():
+    """The toy's tokenizer as transformers' class."""
+    import transformers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    vocabulary = {character: i for i, character in enumerate(ALPHABET)} | {"<bos>": BOS, "<eos>": EOS, "<pad>": PAD}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def against_trl(config, rounds):
+    """A whole step of TRL's DPOTrainer, reference precomputed, and ours in turn on the same 32 pairs."""
+    import transformers
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    rows, data = pair_rows(), pair_data(config)
+    step = stepper(config, data)
+    pairs = [
+        {"prompt": "<bos>" + good["prompt"], "chosen": good["completion"], "rejected": bad["completion"]}
+        for good, bad in zip(rows[:PAIRS], rows[PAIRS:])
+    ]
+    dataset = Dataset.from_list(pairs * (rounds + 2))  # one epoch, whose start and end are then in no step
+    seconds = {"TRL": [], "ours": []}
+
+    class Turns(transformers.TrainerCallback):
+        """The peer's step runs from the end of ours to its own end: batch, forward, backward, optimizer."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if hasattr(self, "began"):
+                seconds["TRL"].append(time.perf_counter() - self.began)
+            began = time.perf_counter()
+            step()
+            self.began = time.perf_counter()
+            seconds["ours"].append(self.began - began)
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DPOConfig(
+            folder, per_device_train_batch_size=PAIRS, max_steps=rounds + 2, precompute_ref_log_probs=True, max_length=None,
+            learning_rate=1e-4, optim="adamw_torch_fused", max_grad_norm=1.0, adam_beta2=0.95, weight_decay=0.0, use_cpu=True,
+            bf16=False, gradient_checkpointing=False, report_to="none", logging_strategy="no", save_strategy="no",
+            disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = DPOTrainer(llama(make(config)[0]), args=settings, train_dataset=dataset, processing_class=toy_tokenizer())
+        trainer.add_callback(Turns())
+        batch = next(iter(trainer.get_train_dataloader()))["input_ids"]
+        assert len(batch) == 2 * PAIRS and {*map(tuple, batch.tolist())} <= {*map(tuple, data.inputs.tolist())}
+        with contextlib.redirect_stdout(None):  # it prints its averages at the end
+            trainer.train()
+    return {"TRL": np.array(seconds["TRL"][1:]), "ours": np.array(seconds["ours"][1:-1])}
+
+
+def peers(rounds, quick):
+    """Rows: each peer's time over ours, or that it is not installed."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    rows = []
+    for name, config in [("toy", CONFIG)] + [("10 M", LARGE)] * (not quick):
+        toy = name == "toy"
+        some = rounds if toy else 5
+        problems = 48 if quick else EVAL_PROBLEMS if toy else 16
+        sampling = f"{EVAL_SAMPLES} samples of {problems} prompts, transformers / ours"
+        cases = [
+            ("forward, backward and step, transformers / ours", lambda: against_llama(config, some), 1),
+            ("a step, TRL's DPO / our FPA", lambda: against_trl(config, some), 2 if toy else 1.2),
+            (sampling, lambda: against_generate(config, 3, problems), 3 if toy else None),
+        ]
+        for what, measure, bound in cases:
+            try:
+                seconds = measure()
+            except ImportError:
+                rows.append((f"{name}: {what}", "not installed", *NO_GOAL))
+                continue
+            ours = seconds.pop("ours")
+            best = min(seconds, key=lambda peer: np.median(seconds[peer]))
+            value, words = ratio(seconds[best], ours)
+            words += f": {np.median(seconds[best]) * 1000:.0f} ms ({best}) / {np.median(ours) * 1000:.0f} ms"
+            rows.append((f"{name}: {what}", words, *(goal(value, "≥", bound) if bound else NO_GOAL)))
+    return rows
+
+
+# --- ideas
+
+
+def ideas(rounds, quick):
+    """Each idea left out, or taken up, and the shipped code in turn, on all threads and on one, as in runs side by side."""
+    threads, columns = torch.get_num_threads(), []
+    for count in (threads, 1):
+        torch.set_num_threads(count)
+        columns.append(ideas_on_these_threads(rounds, quick))
+    torch.set_num_threads(threads)
+    return [(what, words, other_words, verdict) for (what, words, verdict), (_, other_words, _) in zip(*columns)]
+
+
+def ideas_on_these_threads(rounds, quick):
+    """Rows (idea, ratio in words, verdict)."""
+    count, data = 96 if quick else EVAL_PROBLEMS, pair_data()
+    steps, samples = ideas_in_steps(rounds, data), ideas_in_sampling(3 if quick else 5, count)
+    rows = [
+        ("attention weights written out, step", steps, "fused", "kept"),
+        ("attention weights written out, sampling", samples, "fused", "kept"),
+        ("cached reference logits, step", steps, "uncached", "kept"),
+        ("AdamW's fused kernel, step", steps, "loop", "kept"),
+        (f"{rollouts.CPU_ROWS} rows a thread at once, not {EVAL_SAMPLES * count}, sampling", samples, "whole", "kept"),
+        ("a prompt read once for its samples, sampling", samples, "unshared", "kept"),
+        ("bfloat16 products, step", steps, "bfloat16", "not taken: float32 on CPUs"),
+    ]
+    rows = [(what, ratio(seconds[other], seconds["shipped"])[1], verdict) for what, seconds, other, verdict in rows]
+    return rows if quick else [*rows, compiled(rounds, data)]
+
+
+def with_fused_attention(function):
+    """Call a function with torch's fused attention in the place of model.py's."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with mock.patch.object(model_py, "attend", lambda q, k, v: attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)):
+        function()
+
+
+def ideas_in_steps(rounds, data):
+    """Seconds of the shipped step, and of a step with another idea each."""
+    step, bfloat16_step, fused_step, cached_step = (stepper(CONFIG, data) for _ in range(4))
+    reference, model = make(CONFIG)[0], make(CONFIG)[0]
+    loop = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)
+
+    def with_reference_forward():
+        with torch.no_grad():
+            reference(data.inputs, data.start)
+        cached_step()
+
+    def with_bfloat16():
+        torch.set_float32_matmul_precision("medium")
+        bfloat16_step()
+        torch.set_float32_matmul_precision("highest")
+
+    def with_loop():
+        step_on(model, loop, data, torch.arange(len(data)), RUNS["fpa"])
+
+    others = {"uncached": with_reference_forward, "loop": with_loop, "bfloat16": with_bfloat16}
+    return in_turn(rounds, shipped=step, fused=lambda: with_fused_attention(fused_step), **others)
+
+
+def ideas_in_sampling(rounds, count):
+    """Seconds of the shipped sampling of `count` prompts, and of sampling with another idea each."""
+    model, width = make(CONFIG)[0], rollouts.max_completion_tokens(OPS)
+    prompts = rollouts.prompt_tokens(draw_problems(count, OPS, "test", random.Random(0)))
+    split = prompts.split(rollouts.problems_at_once(EVAL_SAMPLES, prompts.device))
+
+    def sample(prompts=split, repeat=1):
+        for some in prompts:
+            some = some.repeat_interleave(repeat, dim=0)
+            model.generate(some, width, eos=-1, pad=PAD, samples=EVAL_SAMPLES // repeat)
+
+    others = {"fused": lambda: with_fused_attention(sample), "whole": lambda: sample([prompts])}
+    return in_turn(rounds, shipped=sample, unshared=lambda: sample(repeat=EVAL_SAMPLES), **others)
+
+
+def compiled(rounds, data):
+    """The step with torch.compile, and the seconds that compiling takes; it needs a C++ compiler."""
+    from torch._inductor import config
+
+    config.force_disable_caches = True  # what an earlier run compiled would take no time
+    model, optimizer = make(CONFIG)
+    model.hidden = torch.compile(model.hidden)
+    step = functools.partial(step_on, model, optimizer, data, torch.arange(len(data)), RUNS["fpa"])
+    began = time.perf_counter()
+    try:
+        step()
+    except RuntimeError as error:
+        return "torch.compile, step", f"failed: {type(error).__name__}", "not taken"
+    compiling = time.perf_counter() - began
+    seconds = in_turn(rounds, shipped=stepper(CONFIG, data), compiled=step)
+    return "torch.compile, step", ratio(seconds["compiled"], seconds["shipped"])[1], f"not taken: {compiling:.0f} s to compile"
+
+
+# --- growth
+
+
+def growth(rounds, quick):
+    """Median step times along one size at a time, and the exponent of the power law through them."""
+    pair_counts, widths = [8, 16, 32, 64], [32, 64, 128, 256]
+    vocabularies, op_counts = [20, 200, 2_000, 8_000], [2, 4, 8, 16]
+    if quick:
+        pair_counts, widths, vocabularies, op_counts = (x[:2] for x in (pair_counts, widths, vocabularies, op_counts))
+    batches, traces = [pair_data(pairs=pairs) for pairs in pair_counts], [pair_data(ops=ops) for ops in op_counts]
+    wide = [GPTConfig(vocab_size=VOCAB_SIZE, d_model=width, d_ff=3 * width) for width in widths]
+    wordy = [GPTConfig(vocab_size=size) for size in vocabularies]
+    lines = [
+        ("tokens a batch", [d.inputs.numel() for d in batches], [stepper(CONFIG, d) for d in batches]),
+        ("model width D", widths, [stepper(config, pair_data(config)) for config in wide]),
+        ("vocabulary V", vocabularies, [stepper(config, pair_data(config)) for config in wordy]),
+        ("trace length T", [d.inputs.shape[1] for d in traces], [stepper(CONFIG, d) for d in traces]),
+    ]
+    rows = []
+    for what, sizes, steps in lines:
+        seconds = in_turn(max(rounds // 2, 3), **{str(size): step for size, step in zip(sizes, steps)})
+        times = [np.median(seconds[str(size)]) for size in sizes]
+        exponent = np.polyfit(np.log(sizes), np.log(times), 1)[0]
+        points = "; ".join(f"{size:,}: {1000 * t:.0f} ms" for size, t in zip(sizes, times))
+        rows.append((what, points, f"{exponent:.2f}"))
+    return rows
+
+
+# --- the command itself
+
+
+def run_train(*words):
+    """`python train.py WORDS` in a process of its own: (seconds, what it printed)."""
+    began = time.perf_counter()
+    command = [sys.executable, ROOT / "train.py", *map(str, words)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return time.perf_counter() - began, result.stdout
+
+
+def time_to_result(out, quick):
+    """The main job from nothing and with caches, by stage; leaves its caches in `out`."""
+    small, rows = SMALL_JOB if quick else [], []
+    for title, loss, bound in (("from nothing, FPA", "fpa", 180), ("with caches, Off-RL", "off_rl", 60)):
+        seconds, printed = run_train("--loss", loss, "--device", "cpu", "--out", out, *small)
+        stages = re.findall(r"^(base model|rollouts|reference) +([\d.]+) s", printed, flags=re.M)
+        (folder,) = [path.parent for path in out.glob(f"{loss}*/log.csv")]
+        training = results.read_run(folder).log["seconds"]
+        stages = [(name, float(text)) for name, text in stages] + [("training steps", training[-1] - training[0])]
+        stages.append(("imports, evaluations, figures", seconds - sum(t for _, t in stages)))
+        words = f"{seconds:.0f} s: " + ", ".join(f"{name} {t:.1f}" for name, t in stages)
+        rows.append((title, words, *(NO_GOAL if quick else goal(round(seconds), "≤", bound))))
+    return rows
+
+
+def sweep(out):
+    """Runs of several λ, caches in place: n runs as the command takes them, and the same one by one."""
+    words = ["--loss", "fpa", "--device", "cpu", "--out", out, "--force", "--steps", 300, "--eval-every", 300, "--lam"]
+    counts, lams = [1, 2, 4, 8], range(1, 9)
+    times = [run_train(*words, *lams[:count])[0] for count in counts]
+    one_by_one = run_train(*words, *lams, "--jobs", 1)[0]
+    points = "; ".join(f"{count}: {t:.0f} s" for count, t in zip(counts, times))
+    return [
+        ("runs", points, f"{np.polyfit(np.log(counts), np.log(times), 1)[0]:.2f}"),
+        ("8 runs one by one / side by side", f"{one_by_one / times[-1]:.2f} ({one_by_one:.0f} / {times[-1]:.0f} s)", ""),
+    ]
+
+
+# --- full scale
+
+
+def loss_memory(chunked, positions, vocab=151_936, width=64):
+    """Peak MiB of FPA's log-probabilities and gradient beyond hidden states, heads and gradients. For a process of its own.
+
+    The width plays no part in it, and is small to save time.
+    """
+    hidden, ref_hidden = torch.randn(2, positions, width).unbind()
+    head, ref_head = torch.randn(2, vocab, width).unbind()
+    targets = torch.randint(vocab, (positions,))
+    hidden.requires_grad_()
+    head.requires_grad_()
+    from full_scale.chunked import chunked_logps  # before the measurement begins
+
+    before = peak_resident()
+    if chunked:
+        present, future = chunked_logps(hidden, head, targets, ref_hidden, ref_head, 2.0)
+    else:
+        logits = hidden @ head.T
+        present = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        future = future_logits(logits, ref_hidden @ ref_head.T, 2.0).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    (-future.exp() * present).sum().backward()
+    return peak_resident() - before - (hidden.grad.nbytes + head.grad.nbytes) / 2**20
+
+
+def random_checkpoint(folder, config):
+    """A checkpoint of a Qwen2 shape with random weights in its published form, and a tokenizer of a thousand words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from full_scale.load_hf import parameter_count, save_pretrained
+
+    folder.mkdir()
+    raw = {"architectures": ["Qwen2ForCausalLM"], "vocab_size": config.vocab_size, "hidden_size": config.d_model}
+    raw |= {"num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads, "intermediate_size": config.d_ff}
+    raw |= {"num_key_value_heads": config.n_kv_heads, "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied_head}
+    raw |= {"rope_theta": config.rope_theta, "eos_token_id": 0, "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(1000)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    model = GPT(config)
+    model.folder = folder
+    save_pretrained(model, folder, torch.bfloat16)
+    return parameter_count(model)
+
+
+def full_scale_steps(out, config, prompt=128, completion=384, rows=64, steps=20):
+    """FPA steps of full_scale/train.py on a random checkpoint: completion tokens/s, model FLOP/s, and the line that it printed.
+
+    A token takes 6 operations a parameter of the layers, one of the completion as many for the head; attention has 12 · layers
+    · D · T a token. Those of recomputed activations do not count.
+    """
+    parameters = random_checkpoint(out / "checkpoint", config)
+    words = [" ".join(map(str, torch.randint(1, 1000, (count,)).tolist())) for count in (prompt, completion - 1) * rows]
+    lines = [{"prompt": words[2 * i], "completion": words[2 * i + 1], "label": i % 2 == 0} for i in range(rows)]
+    (out / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--init", out / "checkpoint", "--data", out / "rollouts.jsonl", "--out", out / "runs", "--batch-size", 16]
+    flags += ["--micro-batch", 8, "--steps", steps, "--eval-every", steps]
+    command = [sys.executable, "-m", "full_scale.train", *map(str, flags)]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
+    line = next(line for line in printed.splitlines()[::-1] if line.startswith("step"))
+    rate = float(re.search(r"([\d,]+) completion tokens/s", line)[1].replace(",", ""))
+    head, length = config.vocab_size * config.d_model, prompt + completion
+    layers = 6 * (parameters - head * (1 if config.tied_head else 2)) + 12 * config.n_layers * config.d_model * length
+    return rate, rate * (layers * length / completion + 6 * head), line
+
+
+def on_a_gpu(out):
+    """Rows: full_scale/train.py on real shapes with random weights."""
+    if not torch.cuda.is_available():
+        return [(f"{name}'s shape, 20 steps on a GPU", "not measured: no GPU here", *NO_GOAL) for name in REAL]
+    square, rows = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16), []
+    seconds = in_turn(5, square=lambda: (square @ square, torch.cuda.synchronize()))["square"]
+    for name, shape in REAL.items():
+        folder = out / name.replace("/", "-")
+        folder.mkdir()
+        rate, flops, line = full_scale_steps(folder, GPTConfig(**shape))
+        share = flops / (2 * 8192**3 / np.median(seconds))
+        memory = re.search(r"[\d.]+ GiB", line)[0]
+        words = f"{rate:,.0f} completion tokens/s, {memory}, {share:.2f} of what a large product reaches"
+        rows.append((f"{name}'s shape, 20 steps on {torch.cuda.get_device_name()}", words, *NO_GOAL))
+    return rows
+
+
+def full_scale(out, quick):
+    """Rows: memory of the loss at Qwen2.5's vocabulary, plain and in chunks, over positions, and what needs a GPU."""
+    if find_spec("tokenizers") is None or not Path("/proc/self/status").exists():
+        return [("memory of the loss", "needs /proc, and pip install -r full_scale/requirements.txt", *NO_GOAL)]
+    counts, memory, rows = (256, 512) if quick else (1024, 4096, 16_384), {}, []
+    for chunked, count in itertools.product((True, False), counts):
+        if chunked or count <= 4096:
+            with jobs.workers(1) as pool:
+                memory[chunked, count] = pool.submit(loss_memory, chunked, count).result()
+    for count in counts:
+        what, words, bound = f"memory of the loss, {count:,} positions, chunked", f"{memory[True, count]:,.0f} MiB", NO_GOAL
+        if (False, count) in memory:
+            value = round(memory[True, count] / memory[False, count], 2)
+            what, words = f"{what} / plain", f"{value:.2f}: {words} / {memory[False, count]:,.0f} MiB"
+            bound = goal(value, "≤", 0.1) if count == 4096 else NO_GOAL
+        rows.append((what, words, *bound))
+    value = round(memory[True, counts[-1]] / memory[True, counts[0]], 2)
+    rows.append((f"chunked, {counts[-1]:,} / {counts[0]:,} positions", f"{value:.2f}", *goal(value, "≤", 1.1)))
+    return rows + on_a_gpu(out) + [("a step on a GPU against TRL's DPO", "not measured", *NO_GOAL)]
+
+
+# --- the page
+
+
+def table(title, note, header, rows):
+    lines = ("| " + " | ".join(cells) + " |\n" for cells in (header, ["---"] * len(header), *rows))
+    return f"## {title}\n\n{note}\n\n{''.join(lines)}"
+
+
+def machine():
+    versions = [f"Python {platform.python_version()}"]
+    for package in ("torch", "transformers", "trl"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{environment('cpu')['cpu']}, {cores}; {', '.join(versions)}; {datetime.date.today()}"
+
+
+NOTES = {
+    "Roofline": """Operations of a step = 3 (2 Σ m·k·n + 4 · layers · B · T² · D). Every linear layer multiplies (m, k) by
+(k, n), where m is B · T tokens, for the head the completion's; attention has two products of T² · D a sequence; backward
+costs twice forward. "Of own sizes" is the step's rate over the rate of just these (m, k, n), forward and backward; large is
+2,048³. All in float32.""",
+    "Overhead of FPA": """A step on 32 pairs with the reference logits cached. Memory: the peak of a process that imports,
+holds 8,192 rollouts and trains three steps, median of three; Off-RL's goes without the reference logits (which `train.py` loads
+for either loss), FPA's holds V floats for every completion token, whatever the size of the model.""",
+    "Peers": """Same random weights, tokens and optimizer (fused AdamW), float32. transformers has the better of its sdpa
+and eager attention, and of all prompts at once and the split that we sample in. TRL's step is DPOTrainer's own with
+precomputed reference log-probabilities, batch collation and its metrics included, ours a whole FPA step, both on 32 pairs.
+Above 1, ours is faster.""",
+    "Ideas": """Time without the idea over time with it; of those not taken, time with it over time without. "Sampling" is
+an evaluation's.""",
+    "Growth": """Median times of a step; the exponent is that of a power law through the points, 1 being linear.""",
+    "Time to result": """`python train.py --loss fpa`, then `--loss off_rl` with what the first has cached; once each.""",
+    "Sweeps": """One λ a run, 300 steps, caches in place, start-up and figures included; once each. Several runs go side by
+side in processes of one thread; one run, and runs one by one, have all threads.""",
+    "Full scale": """Log-probabilities under the present and the future policy, forward and backward, at a vocabulary of
+151,936 in float32: the peak of a process beyond hidden states, heads and their gradients. Plain holds all positions' logits,
+`full_scale/chunked.py` those of 256. On a GPU also 20 FPA steps of `full_scale/train.py` on random checkpoints of real shapes,
+512 tokens a row, in bf16; a large product is 8,192³.""",
+}
+
+
+def main(args):
+    """Every section in turn, printed and, where args.to says so, written."""
+    rounds = 8 if args.quick else 40
+    goals, growths = ["", "measured", "goal", "met"], ["", "time", "exponent"]
+    rule = "a ratio with brackets is the median over rounds taken in turn, and the middle half of them."
+    rule = f"`python -m study.bench{' --quick' * args.quick}`; {rule}"
+    head = f"# Measured against the limit and against peers\n\n{machine()}\n\n{rule}\n"
+    print(head)
+    texts = {}
+    if args.only and args.to and args.to.exists():
+        texts = {part.split("\n")[0]: f"## {part.strip()}\n" for part in args.to.read_text().split("\n## ")[1:]}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        sections = {
+            "Roofline": (goals, lambda: roofline(rounds, args.quick)),
+            "Overhead of FPA": (goals, lambda: overhead(rounds, args.quick)),
+            "Peers": (goals, lambda: peers(rounds, args.quick)),
+            "Ideas": (["", f"{torch.get_num_threads()} threads", "1 thread", ""], lambda: ideas(rounds, args.quick)),
+            "Growth": (growths, lambda: growth(rounds, args.quick)),
+            "Time to result": (goals, lambda: time_to_result(out, args.quick)),
+            "Sweeps": (growths, lambda: sweep(out)),
+            "Full scale": (goals, lambda: full_scale(out, args.quick)),
+        }
+        chosen = args.only or [title for title in sections if not (args.quick and title == "Sweeps")]
+        for title in progress(chosen, desc="bench"):
+            header, measure = sections[title]
+            texts[title] = table(title, NOTES[title], header, measure())
+            tqdm.write(texts[title])
+            if args.to:  # after each section, so that Ctrl-C loses one at most
+                write_text(args.to, "\n".join([head, *(texts[title] for title in sections if title in texts)]))
+    if args.to:
+        print(f"written to {args.to}")
+
+
+def run(argv=None):
+    """The command: a wrong flag, or Ctrl-C, is one line and an exit code."""
+    parser = command_line(__doc__.splitlines()[0], prog="python -m study.bench")
+    parser.add_argument("--quick", action="store_true", help="within a minute: the toy's size only, few rounds, no sweeps")
+    parser.add_argument("--only", nargs="+", choices=NOTES, metavar="SECTION", help="measure these; the page keeps "
+        f"the others{NO_DEFAULT}")  # fmt: skip
+    parser.add_argument("--to", type=Path, metavar="FILE", help="where the tables go "
+        f"(default: docs/bench.md, with --quick nowhere){NO_DEFAULT}")  # fmt: skip
+    args = parser.parse_args(argv)
+    args.to = args.to or (None if args.quick else ROOT / "docs" / "bench.md")
+    if args.to and (not args.to.absolute().parent.is_dir() or args.to.is_dir()):
+        parser.error(f"argument --to: {args.to} is not a file in a folder that exists")
+    try:
+        main(args)
+    except KeyboardInterrupt:
+        print("interrupted: what is printed above is all that was measured", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,134 @@
+"""What `--diagnostics` measures beside the log, on the first pairs of a correct and an incorrect rollout of the same problem.
+
+entanglement.csv   (claim C2): norms and inner products of the trajectories' gradients, an evaluation a row
+tokens.csv         every token of a few pairs: its log-ratio, and its log-probability under the reference and the future policy
+extrapolation.csv  (claim C10): how far the future policy of step t is from the policy of a later step t', against the present's
+
+Left out: the gradients' entanglement between different problems, and the covariances of Yuan et al. (2024).
+"""
+
+import numpy as np
+import torch
+
+from losses import future_logits, token_logps
+from plumbing.batches import pair_order
+from plumbing.files import write_csv
+
+PAIRS, TOKEN_PAIRS = 32, 2
+SNAPSHOTS = [10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960]  # so that t' = (1 + lam) t is among them
+LAMS = [0.5, 1, 2, 3, 5, 7]
+
+
+def entanglement(model, rollouts, pairs):
+    """Means over pairs (P, 2) of row numbers, a correct and an incorrect one, of their gradients of logp_sum.
+
+    a = |grad logp_w|^2, b = |grad logp_l|^2, g their inner product, cosine = g / sqrt(a b), and the share of pairs with g > a,
+    whose correct trajectory loses probability in a small step that weights both alike (Yuan et al., arXiv 2410.13828).
+    """
+    products = []
+    for pair in pairs:
+        gradients = []
+        for row in pair.split(1):
+            b = rollouts[row]
+            logp_sum = token_logps(model(b.inputs, b.start), b.tokens, b.mask).sum()
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(logp_sum, model.parameters())]))
+        correct, incorrect = gradients
+        products.append(torch.stack([correct @ correct, incorrect @ incorrect, correct @ incorrect]))
+    a, b, g = torch.stack(products).T  # (P,) each
+    means = {"a": a, "b": b, "g": g, "cosine": g / (a * b).sqrt(), "share_g_above_a": (g > a).float()}
+    return {name: value.mean().item() for name, value in means.items()}
+
+
+@torch.no_grad()
+def token_logratios(model, rollouts, pairs, lam):
+    """Rows of tokens.csv: for each pair and side the tokens' log-ratios, and the first token at which the two sides differ.
+
+    It is the incorrect side's first wrong token where no step of the correct side is wrong. Beside the log-ratios stand the
+    log-probabilities under the reference and under the future policy of lam.
+    """
+    rows = []
+    for number, pair in enumerate(pairs):
+        b = rollouts[pair]
+        logits = model(b.inputs, b.start)
+        logps, ref_logps, future_logps = (
+            token_logps(some, b.tokens, b.mask) for some in (logits, b.ref_logits, future_logits(logits, b.ref_logits, lam))
+        )
+        first = (b.tokens[0] != b.tokens[1]).int().argmax().item() - 1  # counted from the first completion token
+        for side, name in enumerate(("correct", "incorrect")):
+            length = b.length[side]
+            ids = b.tokens[side, 1 : 1 + length].tolist()
+            columns = {"logratios": logps - ref_logps, "ref_logps": ref_logps, "future_logps": future_logps}
+            texts = {key: " ".join(f"{x:.3f}" for x in values[side, :length]) for key, values in columns.items()}
+            rows.append({"pair": number, "side": name, "first_wrong": first, "tokens": " ".join(map(str, ids)), **texts})
+    return rows
+
+
+def distances(future, later, tokens, mask, length):
+    """How far one policy is from a later one, both as logits (B, T, V): the columns of extrapolation.csv.
+
+    kl, KL(later | future), and tv, total variation, of the whole distributions, and token_error, |log pi - log pi'| of the
+    sampled token only, are means over completion tokens; coefficient_error, |pi_bar - pi_bar'|, and coefficient_rank,
+    Spearman's correlation of the two, are over trajectories.
+    """
+    scored = mask[:, 1:]
+    log_p, log_q = (logits[:, :-1].log_softmax(-1) for logits in (later, future))  # (B, T - 1, V)
+    p, q = (token_logps(logits, tokens, mask) for logits in (later, future))  # (B, T - 1)
+    p_bar, q_bar = ((logps.sum(-1) / length).exp() for logps in (p, q))
+    ranks = [values.argsort().argsort().cpu().numpy() for values in (p_bar, q_bar)]
+    return {
+        "kl": (log_p.exp() * (log_p - log_q)).sum(-1)[scored].mean().item(),
+        "tv": (log_p.exp() - log_q.exp()).abs().sum(-1)[scored].mean().item() / 2,
+        "token_error": (p - q)[scored].abs().mean().item(),
+        "coefficient_error": (p_bar - q_bar).abs().mean().item(),
+        "coefficient_rank": np.corrcoef(*ranks)[0, 1],
+    }
+
+
+def extrapolation(snapshots, later, b):
+    """Rows of extrapolation.csv to a later step, from {step: completion logits of a batch b}; lam 0 is the present policy."""
+    for t in snapshots:
+        if t < later:
+            for lam in [0, *LAMS]:
+                future = future_logits(snapshots[t], b.ref_logits, lam)
+                measured = distances(future, snapshots[later], b.tokens, b.mask, b.length)
+                yield {"t": t, "later": later, "lam": lam, **measured}
+
+
+class Observer:
+    """Call it before every step and after the last one; it measures and writes the tables. A part of a checkpoint.
+
+    It observes the first pairs that a loss on pairs would train on. run.lam is the λ of tokens.csv's future policy. Raises
+    UserError where there are no pairs.
+    """
+
+    def __init__(self, model, rollouts, run, folder):
+        self.model, self.rollouts, self.lam, self.folder = model, rollouts, run.lam, folder
+        pairs = pair_order(rollouts.reward, rollouts.problem_ids, 1, 2 * PAIRS, run.seed).view(2, -1).T  # (P, 2)
+        self.pairs = pairs.to(rollouts.reward.device)
+        self.token_pairs = self.pairs[rollouts.clean[self.pairs[:, 0]]][:TOKEN_PAIRS]
+        self.snapshots, self.tables = {}, {}  # {step: completion logits}, {file name without .csv: rows}
+
+    def __call__(self, step, at_evaluation):
+        """Measure what this step asks for, and write the tables that it adds to."""
+        added = {}
+        if step in SNAPSHOTS:
+            b = self.rollouts[self.pairs.flatten()]
+            with torch.no_grad():
+                self.snapshots[step] = self.model(b.inputs, b.start)
+            added["extrapolation"] = list(extrapolation(self.snapshots, step, b))
+        if at_evaluation:
+            added["entanglement"] = [{"step": step, **entanglement(self.model, self.rollouts, self.pairs)}]
+            tokens = token_logratios(self.model, self.rollouts, self.token_pairs, self.lam)
+            added["tokens"] = [{"step": step, **row} for row in tokens]
+        for name, new in added.items():
+            if new:
+                self.tables[name] = [*self.tables.get(name, []), *new]
+                write_csv(self.folder / f"{name}.csv", self.tables[name])
+
+    def state(self):
+        return {"tables": self.tables, "snapshots": {str(step): logits for step, logits in self.snapshots.items()}}
+
+    def restore(self, state):
+        self.tables = state["tables"]
+        device = self.rollouts.reward.device
+        self.snapshots = {int(step): logits.to(device) for step, logits in state.get("snapshots", {}).items()}

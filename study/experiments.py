@@ -1,0 +1,225 @@
+"""The experiments behind results/: the commands, what results/ lacks of them, and the way from runs/ into its tables.
+
+    python -m study.experiments               # lists them: runs, how many of them results/ holds, hours
+    python -m study.experiments main targets  # runs what is missing of two, then gathers all finished runs into results/
+
+An interrupted experiment goes on with the same command: train.py keeps the finished runs and the checkpoints of the others.
+"""
+
+import json
+import math
+import sys
+
+import train
+from plumbing.files import digest, locked, printable_path, write_csv
+from plumbing.flags import command, command_line, natural, nearest
+from study.results import METHOD, RENAMED, TABLES, TUNING_SEEDS, by, read_runs, read_table, read_tables, run_folders, table_rows
+
+FIVE, TUNED = "--seed 0 1 2 3 4", f"--seed {' '.join(map(str, TUNING_SEEDS))}"
+WEIGHT = 0.4  # of the constant: FPA's average coefficient on incorrect rows, where it is used on these only (C15)
+GRID = "--lr 5e-5 2e-4 8e-4 3.2e-3 --eval-every 1000"  # the last evaluation is all that chooses
+# The commands behind results/, after `python train.py`. A test checks that their runs are what is there.
+EXPERIMENTS = {
+    "main": [f"--diagnostics {FIVE}"],
+    "prolonged": [f"--steps 4000 --eval-every 200 {FIVE}"],
+    "lambda": [f"--loss fpa --lam 0 0.5 1 2 5 10 {FIVE}"],
+    "tokens": ["--loss fpa --lam 0 0.5 1 2 5 10 --diagnostics"],  # of one seed, for the page
+    "targets": [f"--loss off_rl fpa --target both correct incorrect {FIVE}"],
+    "tuning": [
+        f"--loss off_rl fpa simper dpo rpo kto a_star_po pessimistic sft reinforce grpo {GRID} {TUNED}",
+        f"--loss dpo rpo --lam 0.5 2 5 {GRID} {TUNED}",
+    ],
+    "losses": [
+        f"--loss off_rl fpa simper rpo kto --lr 8e-4 {FIVE}",
+        f"--loss off_rl a_star_po --lr 3.2e-3 {FIVE}",
+        f"--loss dpo --lam 0 2 --lr 5e-5 {FIVE}",
+        f"--loss reinforce --lr 5e-5 {FIVE}",
+        f"--loss sft grpo pessimistic --lr 2e-4 {FIVE}",
+        f"--loss rpo --lam 2 --lr 2e-4 {FIVE}",
+    ],
+    "slower": [f"--loss off_rl --lr 2e-4 1.75e-4 1e-4 5e-5 2.5e-5 {FIVE}"],
+    "extrapolation": [f"--loss fpa --lr 2e-4 2e-5 --diagnostics {FIVE}"],
+    "controls": [f"--loss off_rl fpa constant sharpened sft --target both incorrect --weight {WEIGHT} {FIVE}"],
+    "prompts": [f"--loss off_rl fpa constant sft --weight {WEIGHT} --prompts 256 1024 4096 {FIVE}"],
+    "online": [f"--loss off_rl fpa grpo {FIVE}"],
+    "cost": [f"--loss fpa --lr 8e-4 --eval-every 1000 {FIVE}", f"--loss grpo --lr 2e-4 --eval-every 1000 {FIVE}"],  # alone
+}
+
+
+# --- which runs
+
+
+def identity(config):
+    """A run's id: the digest of its settings, which also ends the name of its folder."""
+    return digest({name: value for name, value in config.items() if name not in ("measured", "environment")})
+
+
+def commands(name, out="runs", jobs=0):
+    """The parsed commands of an experiment."""
+    return [train.parse_args([*words.split(), "--out", str(out), "--jobs", str(jobs)]) for words in EXPERIMENTS[name]]
+
+
+def members():
+    """{name of an experiment: {id: settings}}, in the order of EXPERIMENTS and of its commands."""
+    return {
+        name: {identity(settings): settings for args in commands(name) for settings in train.run_settings(args).values()}
+        for name in EXPERIMENTS
+    }
+
+
+def held(folder):
+    """({id: Run} of a folder of tables, the ids of those with diagnostics)."""
+    runs = {run.folder.name: run for run in read_tables(folder)} if (folder / "runs.csv").exists() else {}
+    return runs, {run for run in runs if "entanglement" in runs[run].tables}
+
+
+def missing(args, runs, diagnosed):
+    """Of a parsed command: the settings of the runs that are not held, or not with the diagnostics that it asks for."""
+    wanted = train.run_settings(args)
+    enough = diagnosed if args.diagnostics else runs
+    return {name: settings for name, settings in wanted.items() if identity(settings) not in enough}
+
+
+# --- what they take
+
+
+def seconds_of(settings, runs):
+    """How long a run takes: the mean of the runs that are most like it, or, of other lengths, by their seconds a step."""
+    for names in (("loss", "steps", "prompts", "eval_every"), ("loss", "steps"), ("steps",), ()):
+        like = [run for run in runs if all(run.get(name) == settings[name] for name in names)]
+        if like:
+            return sum(run.log["seconds"][-1] / run.config["steps"] for run in like) / len(like) * settings["steps"]
+    return math.nan
+
+
+def hours(experiment, runs):
+    """Of one CPU thread: what the runs of an experiment took, and what those that are not held would."""
+    seconds = [
+        runs[run].log["seconds"][-1] if run in runs else seconds_of(settings, runs.values())
+        for run, settings in experiment.items()
+    ]
+    return sum(seconds) / 3600
+
+
+def listing(folder):
+    """The experiments, a line each: its runs, how many of them a folder of tables holds, and its hours."""
+    runs, _ = held(folder)
+    lines = [f"{'experiment':16}{'runs':>6}{'held':>6}{'hours':>8}"]
+    for name, experiment in members().items():
+        count, time = sum(run in runs for run in experiment), hours(experiment, runs)
+        lines.append(f"{name:16}{len(experiment):>6}{count:>6}{'?' if math.isnan(time) else f'{time:.1f}':>8}")
+    return "\n".join([*lines, f"held: by {folder}. hours: of one CPU thread each; runs at once divide them."])
+
+
+# --- gathering
+
+
+def cell(value):
+    """A setting as a cell's text: JSON, and a string bare where it cannot be taken for JSON."""
+    if isinstance(value, str) and value.isprintable():
+        try:
+            json.loads(value)
+        except ValueError:
+            return value or '""'
+    return json.dumps(value, ensure_ascii=False)
+
+
+def flat(settings, prefix=""):
+    """A dict in dicts as {column of runs.csv: cell}, names joined by dots. A setting of no value gets none."""
+    cells = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            cells |= flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            cells[RENAMED.get(prefix + name, prefix + name)] = cell(value)
+    return cells
+
+
+def write_table(path, rows):
+    """Write rows of text. The columns are all that some row has; a cell is empty where its row has none."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(path, [{name: row.get(name, "") for name in names} for row in rows])
+
+
+def in_order(rows):
+    """Rows of runs.csv with their columns in order: settings, then the method, then what was measured and on what machine."""
+
+    def place(name):
+        if name in METHOD:
+            return METHOD.index(name)
+        return len(METHOD) if name.split(".")[0] in ("measured", "environment", "machine") else -1
+
+    names = sorted(dict.fromkeys(name for row in rows for name in row), key=place)
+    return [{name: row.get(name, "") for name in names} for row in rows]
+
+
+def gather(runs_folder, folder, experiments=None):
+    """Append the finished runs of a folder of train.py's to the tables of another one; the number of new runs.
+
+    Only runs of an experiment are taken: {name: ids}, by default those of EXPERIMENTS. A run that the tables hold stays as it
+    is, but for diagnostics that it lacks. runs.csv is written last, so that a run counts once its other rows are there.
+    """
+    experiments = members() if experiments is None else experiments
+    names = by([(run, name) for name, ids in experiments.items() for run in ids], lambda pair: pair[0])
+    finished = {identity(run.config): run for run in read_runs(run_folders(runs_folder))}
+    finished = {run: finished[run] for run in names if run in finished}
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "runs.lock", folder, wait=True):
+        tables = {name: read_table(folder / f"{name}.csv") for name in TABLES}  # refused before anything is written
+        rows = {row["id"]: row for row in table_rows(folder / "runs.csv")}
+        new = {run: made for run, made in finished.items() if run not in rows}
+        append(folder / "curves.csv", {run: made.folder / "log.csv" for run, made in new.items()})
+        for table in TABLES:
+            known = rows.keys() & tables[table].keys()
+            lacking = {run: made.folder / f"{table}.csv" for run, made in finished.items() if run not in known}
+            append(folder / f"{table}.csv", {run: path for run, path in lacking.items() if path.exists()})
+        rows |= {run: {"id": run, "experiments": "", **flat(made.config)} for run, made in new.items()}
+        for run, row in rows.items():
+            row["experiments"] = " ".join(name for _, name in names.get(run, ())) or row["experiments"]
+        if rows:
+            write_table(folder / "runs.csv", in_order(list(rows.values())))
+    return len(new)
+
+
+def append(path, sources):
+    """Append {id: a run's own CSV file} to a table; rows of such an id, of a gathering that was cut off, are replaced."""
+    rows = {**read_table(path), **{run: table_rows(source) for run, source in sources.items()}}
+    if sources:
+        write_table(path, [{"id": run, **row} for run, some in rows.items() for row in some])
+
+
+# --- the command
+
+
+def run_missing(name, out, jobs, folder):
+    """Train what a folder of tables lacks of an experiment, below `out`."""
+    for args in commands(name, out, jobs):
+        if todo := missing(args, *held(folder)):
+            train.main(args, todo)
+
+
+def run(argv=None):
+    """The command: list, or train and gather."""
+    parser = command_line(__doc__.splitlines()[0], prog="python -m study.experiments")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"experiments to run: {', '.join(EXPERIMENTS)}; without a name, list them")
+    add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder that the runs are trained in")
+    add("--to", default="results", type=printable_path, metavar="FOLDER", help="folder of the tables that hold the runs")
+    add("--jobs", default=0, type=natural, metavar="N", help="runs at once, a thread each; 0: one a CPU thread, one on a GPU")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if name not in EXPERIMENTS:
+            hint = nearest(name, EXPERIMENTS) or f"; the experiments are {', '.join(EXPERIMENTS)}"
+            parser.error(f"no experiment {name!r}{hint}")
+    kept = "finished runs, and checkpoints of the others, are kept; the same command goes on from there"
+    with command(parser.prog, kept, args.out):
+        for name in args.names:
+            run_missing(name, args.out, args.jobs, args.to)
+            print(f"gathered      {gather(args.out, args.to)} new runs into {args.to}, from {args.out}")
+        if not args.names:
+            print(listing(args.to))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
+    run()

@@ -1,0 +1,309 @@
+"""The figures beyond the method's own curves: entanglement, neighbours and controls, cost, extrapolation, single tokens.
+
+`python plots.py results` draws them beside its own.
+"""
+
+import itertools
+
+import numpy as np
+from matplotlib.lines import Line2D
+
+from losses import LOSSES
+from study.drawing import (
+    CORRECTNESS,
+    LAST_OR_BEST,
+    canvas,
+    coloured,
+    draw,
+    few,
+    figures_of,
+    legend,
+    panel_accuracy,
+    plt,
+)
+from study.results import (
+    Run,
+    by,
+    by_method,
+    extrapolated,
+    final,
+    fpa_runs,
+    label,
+    main_runs,
+    mean_and_interval,
+    tokens,
+    tuned,
+    varying,
+    where,
+    with_table,
+)  # fmt: skip
+from toy_math.tokenizer import ALPHABET
+
+ONLINE_OR_NOT = (("off_rl", False), ("fpa", True), ("grpo", False))
+MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast")  # and no intervals
+
+
+# --- gradients
+
+
+def figure_entanglement(runs):
+    """Gradients of a correct and an incorrect trajectory of one problem: norms, inner product, cosine, share with g > a."""
+    chosen = few(with_table(main_runs(runs), "entanglement"), most=2)
+    if not chosen:
+        return None
+    methods = by_method(chosen)
+    figure, axes = canvas(1, 3)
+    for colour, _, some in coloured(methods):
+        tables = [Run(run.folder, run.config, run.tables["entanglement"]) for run in some]
+        for column, style in (("a", "-"), ("b", "--"), ("g", ":")):
+            draw(axes[0], tables, lambda log: log[column], colour, style, band=False)  # which would hide the curves
+        draw(axes[1], tables, lambda log: log["cosine"], colour)
+        draw(axes[2], tables, lambda log: log["share_g_above_a"], colour)
+    symbols = {r"$a=\|\nabla\log\pi(y_w)\|^2$": "-", r"$b=\|\nabla\log\pi(y_l)\|^2$": "--", r"$g$, their inner product": ":"}
+    axes[0].legend(handles=[Line2D([], [], color="0.3", linestyle=s, label=n) for n, s in symbols.items()], fontsize=8)
+    axes[0].set(title="Squared norms and inner product", ylabel="mean over pairs")
+    axes[0].set_yscale("symlog", linthresh=100)
+    axes[1].set(title="Cosine of the two gradients", ylabel="mean over pairs", ylim=(-0.3, 1))
+    axes[2].set(title="Pairs with g > a", ylabel="share", ylim=(0, 1))
+    for axis in axes:
+        axis.set_xlabel("training step")
+        axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    legend(figure, methods)
+    return figure, chosen
+
+
+# --- losses beside each other
+
+
+def panel_dots(axis, methods, values=final):
+    """A row a method: a dot a seed, and the mean with its interval."""
+    rows = list(coloured(methods))[::-1]
+    for y, (colour, _, runs) in enumerate(rows):
+        numbers = [values(run) for run in runs]
+        mean, half = mean_and_interval(numbers)
+        axis.plot(numbers, [y] * len(numbers), "o", color=colour, alpha=0.35, markersize=5, markeredgewidth=0)
+        axis.errorbar(
+            mean, y, xerr=None if np.isnan(half) else half, fmt="|", color=colour, markersize=14, capsize=3, linewidth=1.8
+        )
+    axis.set_yticks(range(len(rows)), [label(method) for _, method, _ in rows], fontsize=8)
+    axis.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), xlabel="pass@1")
+    axis.grid(axis="x", alpha=0.3)
+
+
+def figure_losses(runs):
+    """Every loss, at its own best learning rate where other seeds chose one: a dot a seed, the mean and its interval."""
+    chosen = [run for some in tuned(runs).values() for run in some] or main_runs(runs)
+    if len(by(chosen, lambda run: run.config["loss"])) < 3:
+        return None
+    figure, axes = canvas(1, 2, row_height=0.4 * len(by_method(chosen)) + 1)
+    for axis, (title, value) in zip(axes, LAST_OR_BEST.items()):
+        panel_dots(axis, by_method(chosen), value)
+        axis.set_title(title)
+    lrs = {method: some[0].config["lr"] for method, some in by_method(chosen).items()}
+    axes[0].set_yticks(range(len(lrs)), [f"{label(m)}  (lr {lr:g})" for m, lr in list(lrs.items())[::-1]], fontsize=8)
+    axes[1].set_yticklabels([])
+    return figure, chosen
+
+
+def figure_controls(runs):
+    """FPA beside what it might be mistaken for: a constant weight, a sharpened present coefficient, correct rows alone."""
+    main = main_runs(runs)
+    controls = where(main, loss=("constant", "sharpened", "sft"))
+    if not where(controls, loss=("constant", "sharpened")):
+        return None
+    lams = {run.get("lam") for run in where(controls, loss="sharpened")} or {2.0}
+    chosen = where(main, loss="off_rl") + where(main, loss="fpa", lam=tuple(lams), target=("both", "incorrect")) + controls
+    figure, (left, right) = canvas(1, 2)
+    panel_accuracy(left, by_method(chosen))
+    left.set_xlabel("training step")
+    panel_dots(right, by_method(chosen))
+    right.set_title("Final accuracy")
+    return figure, chosen
+
+
+def figure_prompts(runs):
+    """Final accuracy against the number of training prompts, the same number of steps each."""
+    methods = by_method(varying(runs, "prompts"))
+    methods = {m: some for m, some in methods.items() if len({run.config["prompts"] for run in some}) > 1}
+    if not methods:
+        return None
+    figure, (axis,) = canvas(1, 1, row_height=4)
+    for colour, method, some in coloured(methods):
+        numbers = by(sorted(some, key=lambda run: run.config["prompts"]), lambda run: run.config["prompts"])
+        means, halves = zip(*(mean_and_interval([final(run) for run in seeds]) for seeds in numbers.values()))
+        axis.errorbar(list(numbers), means, halves, color=colour, capsize=3, linewidth=1.8, label=label(method))
+        for prompts, seeds in numbers.items():
+            axis.plot([prompts] * len(seeds), [final(run) for run in seeds], "o", color=colour, alpha=0.35, markeredgewidth=0)
+    ticks = sorted({run.config["prompts"] for some in methods.values() for run in some})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
+    axis.set(xlabel="training prompts (8 rollouts each)", ylabel="final pass@1", ylim=(0, 1))
+    axis.legend(loc="lower right")
+    return figure, [run for some in methods.values() for run in some]
+
+
+def figure_cost(runs):
+    """Accuracy against its cost in tokens, each loss at its best learning rate where other seeds chose one."""
+    main, best = main_runs(runs), tuned(runs)
+    if not where(main, loss="grpo"):
+        return None
+    if all(family in best for family in ONLINE_OR_NOT):
+        chosen = [run for family in ONLINE_OR_NOT for run in best[family]]
+    else:
+        chosen = where(main, loss=("off_rl", "grpo")) + fpa_runs(main)
+    figure, axes = canvas(1, 2)
+    costs = {
+        "millions of completion tokens sampled or trained on": lambda log: tokens(log) / 1e6,
+        "millions of completion tokens sampled\n(offline: all before the first step)": lambda log: (
+            log["tokens_sampled"] / 1e6
+        ),
+    }
+    for axis, (title, x) in zip(axes, costs.items()):
+        for colour, _, some in coloured(by_method(chosen)):
+            draw(axis, some, lambda log: log["accuracy"], colour, x=x)
+        axis.set(xlabel=title, ylabel="pass@1", ylim=(0, 1))
+    legend(figure, by_method(chosen))
+    return figure, chosen
+
+
+# --- does the extrapolation predict the future?
+
+
+def diagnosed(runs):
+    """{lr: [run]} of the runs that the extrapolation figures show: FPA's at λ = 2, or the first method's where it has none."""
+    chosen = with_table(varying(runs, "lr"), "extrapolation")
+    chosen = fpa_runs(chosen) or [run for run in chosen if run.method == chosen[0].method]
+    return by(chosen, lambda run: run.config["lr"])
+
+
+def extrapolation_panels(runs):
+    """Figure, runs, and for each panel (axis, t, [later], [lam], {(later, lam): log2 of the KL ratio, mean over seeds})."""
+    groups = diagnosed(runs)
+    tables = {lr: [extrapolated(run) for run in some] for lr, some in groups.items()}
+    starts = [t for t in (20, 40, 80, 320) if all((t, 2 * t, 1) in table for some in tables.values() for table in some)]
+    if not groups or not starts:
+        return None
+    figure, axes = canvas(len(groups), len(starts), row_height=3)
+    panels = []
+    for axis, ((lr, some), t) in zip(axes, itertools.product(tables.items(), starts)):
+        means = {key[1:]: np.mean([np.log2(np.divide(*table[key])) for table in some]) for key in some[0] if key[0] == t}
+        laters, lams = (sorted({key[i] for key in means}) for i in range(2))
+        axis.set(title=f"lr {lr:g}, t = {t}", xlabel="look-ahead t′/t")
+        panels.append((axis, t, laters, lams, means))
+    return figure, [run for some in groups.values() for run in some], panels
+
+
+def figure_extrapolation(runs):
+    """Distance of the future policy of step t from the policy of t′, over the present one's; a ring marks t′ = (1 + λ) t."""
+    if not (made := extrapolation_panels(runs)):
+        return None
+    figure, chosen, panels = made
+    for axis, t, laters, _, means in panels:
+        for index, lam in enumerate((0.5, 1, 2, 5)):
+            colour, curve = plt.get_cmap("viridis")(index / 3.5), [2 ** means[later, lam] for later in laters]
+            axis.plot([later / t for later in laters], curve, color=colour, marker=".", label=f"λ = {lam:g}")
+            if (1 + lam) * t in laters:
+                axis.plot(1 + lam, curve[laters.index((1 + lam) * t)], "o", color=colour, markerfacecolor="none", markersize=11)
+        axis.axhline(1, color="0.3", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlim=(1.2, 50))
+        axis.set_xticks([1.5, 3, 6, 12, 24, 48], ["1.5", "3", "6", "12", "24", "48"])
+        axis.minorticks_off()
+    panels[0][0].set_ylabel("KL from π at t′:\nfuture policy / present policy")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure, chosen
+
+
+def figure_extrapolation_map(runs):
+    """Blue: the future policy of step t is nearer to the policy of t′ than the present one is, a forecast. Red: farther."""
+    if not (made := extrapolation_panels(runs)):
+        return None
+    figure, chosen, panels = made
+    for axis, t, laters, lams, means in panels:
+        grid = [[means[later, lam] for later in laters] for lam in lams]
+        image = axis.pcolormesh(range(len(laters) + 1), range(len(lams) + 1), grid, cmap="RdBu_r", vmin=-4, vmax=4)
+        axis.set_xticks(np.arange(len(laters)) + 0.5, [f"{later / t:.3g}" for later in laters], fontsize=7, rotation=90)
+        axis.set_yticks(np.arange(len(lams)) + 0.5, [f"{lam:g}" for lam in lams])
+        hits = [(laters.index((1 + lam) * t) + 0.5, i + 0.5) for i, lam in enumerate(lams) if (1 + lam) * t in laters]
+        axis.plot(*zip(*hits), "k.-", linewidth=1)  # t' = (1 + lam) t
+    panels[0][0].set_ylabel("λ")
+    axes = [panel[0] for panel in panels]
+    figure.colorbar(image, ax=axes, label="log₂ of KL from π at t′,\nfuture / present policy", shrink=0.8)
+    return figure, chosen
+
+
+def figure_forecast(runs):
+    """Does π̂ of step t forecast π of t′ = (1 + λ) t? By whole distributions, sampled tokens and trajectories' coefficients."""
+    groups = diagnosed(runs)
+    kinds = {
+        "kl": "KL",
+        "tv": "Total variation",
+        "token_error": "Sampled tokens' |Δ logp|",
+        "coefficient_error": "Coefficients",
+    }
+    lams, styles = (0.5, 1, 2), dict(zip(groups, ("-", "--", ":", "-.")))
+    if not groups or len(groups) > len(styles):
+        return None
+    figure, axes = canvas(2, 3)
+    for axis, column in zip(axes, [*kinds, "coefficient_rank"]):
+        all_tables = {lr: [extrapolated(run, column) for run in some] for lr, some in groups.items()}
+        for (lr, style), (index, lam) in itertools.product(styles.items(), enumerate(lams)):
+            tables = all_tables[lr]
+            starts = [t for t, later, at in tables[0] if at == lam and later == (1 + lam) * t]
+            if not starts:
+                continue
+            pairs = np.array([[table[t, (1 + lam) * t, lam] for t in starts] for table in tables])  # (seeds, starts, 2)
+            future, present = np.moveaxis(pairs, -1, 0)
+            difference = column == "coefficient_rank"
+            curve = (future - present).mean(0) if difference else np.exp(np.log(future / present).mean(0))
+            axis.plot(starts, curve, style, color=plt.get_cmap("viridis")(index / 2.5), marker=".")
+        axis.set(xscale="log", xlabel="t", title=kinds.get(column, "Rank correlation of coefficients"))
+        axis.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
+        axis.axhline(0 if column == "coefficient_rank" else 1, color="0.3", linewidth=0.8)
+        axis.set_ylabel("future − present" if column == "coefficient_rank" else "future / present")
+        if column != "coefficient_rank":
+            axis.set_yscale("log")
+            axis.set_yticks([0.1, 0.3, 1, 3, 10, 30, 100], ["0.1", "0.3", "1", "3", "10", "30", "100"])
+        axis.minorticks_off()
+    axes[5].set_visible(False)
+    handles = [Line2D([], [], color=plt.get_cmap("viridis")(i / 2.5), label=f"λ = {lam:g}") for i, lam in enumerate(lams)]
+    handles += [Line2D([], [], color="0.3", linestyle=style, label=f"lr {lr:g}") for lr, style in styles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5)
+    return figure, [run for some in groups.values() for run in some]
+
+
+# --- single tokens
+
+
+def figure_tokens(runs):
+    """Each token's log-ratio in a correct and an incorrect trace of one problem, under Off-RL and FPA, at several steps."""
+    chosen = few([run for run in with_table(main_runs(runs), "tokens") if run.config["loss"] in ("off_rl", "fpa")], most=2)
+    chosen = [run for run in chosen if run.config["seed"] == chosen[0].config["seed"]]
+    if len(chosen) < 2:
+        return None
+    figure, axes = canvas(2, 1, row_height=3)
+    for axis, side in zip(axes, CORRECTNESS):
+        lines, names = [], []
+        for run in chosen:
+            table = run.tables["tokens"]
+            at = (table["pair"] == 0) & (table["side"] == side)
+            steps = table["step"][at]
+            shown = [steps[np.abs(steps - share * steps[-1]).argmin()] for share in (0.05, 0.1, 0.2, 0.5, 1)]
+            for step in dict.fromkeys(shown):
+                (i,) = np.flatnonzero(at & (table["step"] == step))
+                lines.append([float(ratio) for ratio in table["logratios"][i].split()])
+                names.append(f"{LOSSES[run.config['loss']].label}  step {step:.0f}")
+        image = axis.imshow(lines, aspect="auto", cmap="RdBu", vmin=-4, vmax=4)
+        characters = [(ALPHABET + "▪▪▪")[int(token)] for token in table["tokens"][i].split()]  # ▪: EOS
+        axis.set_xticks(range(len(characters)), characters, fontsize=8, family="monospace")
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.axhline(len(names) / 2 - 0.5, color="black", linewidth=1)
+        if side == "incorrect":
+            first = table["first_wrong"][i]
+            axis.add_patch(plt.Rectangle((first - 0.5, -0.5), 1, len(names), fill=False, edgecolor="black", linewidth=2))
+        axis.set_title(f"{side} trace" + (", its first wrong token outlined" if side == "incorrect" else ""))
+        axis.tick_params(length=0)
+    figure.colorbar(image, ax=list(axes), label="log-ratio of the token [nats], cut at ±4", shrink=0.8)
+    return figure, chosen
+
+
+FIGURES = figures_of(globals())

@@ -1,0 +1,332 @@
+"""README.md and docs/ against the code and results/: commands, links, numbers, pasted output, tables, sentences."""
+
+import ast
+import functools
+import importlib.util
+import inspect
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import full_scale.train
+import losses
+import train
+from full_scale.load_hf import PROMPT, empty_model, parameter_count, training_gib
+from losses import LOSSES
+from model import GPTConfig
+from plumbing.log import COLUMNS, progress_line
+from study import claims, results
+
+ROOT, RESULTS = Path(__file__).resolve().parents[2], Path("results")
+README, PAGES = Path("README.md"), sorted(Path("docs").glob("*.md"))
+TEXTS = {path: path.read_text() for path in (README, *PAGES)}
+OURS = [path for path in TEXTS if path.name != "bench.md"]  # study/bench.py writes that one
+ROUNDED = r"(\d+(?:\.\d+)?) ± (\d+(?:\.\d+)?)"
+
+
+def blocks(path, language=""):
+    return [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", TEXTS[path], flags=re.M | re.S) if kind == language]
+
+
+def prose(path):
+    """A page without its blocks and tables."""
+    text = re.sub(r"```.*?```|<!--.*?-->", "", TEXTS[path], flags=re.S)
+    return "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+
+
+def table(path, heading):
+    """The rows of the table whose first row begins so, lists of cells as they are written."""
+    (found,) = re.findall(rf"^\| {re.escape(heading)}.*\n\|-.*\n((?:\|.*\n)+)", TEXTS[path], flags=re.M)
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in found.splitlines()]
+
+
+def listed():
+    """The files of the repository, those that are not committed yet among them."""
+    if not (shutil.which("git") and Path(".git").exists()):
+        pytest.skip("not a git checkout")
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [name for name in names if Path(name).is_file()]
+
+
+# --- size and sentences
+
+
+def test_the_readme_is_short():
+    assert TEXTS[README].count("\n") <= 170 and len(TEXTS[README].split()) <= 2200
+
+
+@pytest.mark.parametrize("path", OURS, ids=str)
+def test_sentences_are_short(path):
+    assert [found for found in re.split(r"(?<=[.!?:])\s+", prose(path)) if len(found.split()) > 32] == []
+
+
+# --- commands and flags
+
+
+def commands(path):
+    """Every command of a page, in a block or in the text."""
+    lines = [line for block in blocks(path) for line in block.splitlines()]
+    lines += re.findall(r"`((?:pip|python|torchrun) [^`]+)`", TEXTS[path])
+    return [line for line in lines if re.match("(pip|python|torchrun) ", line) and "tilted" not in line]  # a loss to add
+
+
+COMMANDS = sorted({(str(path), command) for path in TEXTS for command in commands(path)})
+
+
+def test_the_two_commands_are_there_and_ci_runs_the_second():
+    second = "pip install -r tests/requirements.txt && python -m pytest -n 2 --dist worksteal"
+    assert blocks(README)[0].splitlines() == [
+        "pip install -r requirements.txt && python train.py",
+        "python train.py --loss fpa --lam 2",
+    ]
+    assert second in commands(README) and second in Path(".ci/run").read_text()
+    assert train.parse_args([]).loss == ["off_rl", "fpa"]
+
+
+@functools.cache
+def help_of(*words):
+    return subprocess.run([sys.executable, *words, "--help"], capture_output=True, text=True, check=True).stdout
+
+
+def flags_of(*words):
+    return set(re.findall(r"--[a-z-]+", help_of(*words)))
+
+
+@pytest.mark.parametrize("path, command", COMMANDS)
+def test_commands_parse(path, command):
+    for part in command.split("&&"):
+        words = shlex.split(part, comments=True)
+        if words[:2] == ["pip", "install"]:
+            assert words[2] != "-r" or Path(words[3]).is_file()
+            continue
+        program = words[words.index("-m") :] if "-m" in words else words[1:]
+        flags = {word for word in program if word.startswith("--")}
+        if program[0] == "train.py" and "--help" not in flags:
+            train.parse_args(program[1:])
+        elif program[0] == "-m":
+            assert importlib.util.find_spec(program[1])
+            assert not flags or program[1] == "pytest" or flags <= flags_of(*program[:2])
+        else:
+            assert Path(program[0]).is_file() and flags <= {"--help"} | flags_of(program[0])
+
+
+def test_flags_in_the_text_exist():
+    modules = ("study.bench", "full_scale.rollouts", "full_scale.train")
+    known = flags_of("train.py") | flags_of("plots.py") | set().union(*(flags_of("-m", name) for name in modules))
+    for path in TEXTS:
+        assert set(re.findall(r"`(--[a-z-]+)", TEXTS[path])) - {"--gamma"} <= known, path
+
+
+# --- links, paths and the map
+
+
+def anchors(path):
+    titles = re.findall("^#+ (.*)$", re.sub(r"```.*?```", "", TEXTS[path], flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=str)
+def test_links_exist(path):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", TEXTS[path]):
+        target, _, anchor = link.partition("#")
+        target = (path.parent / target) if target else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(Path(*target.resolve().relative_to(ROOT).parts)), link
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=str)
+def test_paths_in_the_text_exist(path):
+    names = re.findall(r"`?\b((?:toy_math|plumbing|study|full_scale|docs|tests|results)/[\w./-]*\w)", TEXTS[path])
+    names += re.findall(r"(?<![\w/.…-])(\w+\.(?:py|ipynb|toml))\b", TEXTS[path])
+    assert [name for name in names if not Path(name).exists() and not list(Path().glob(f"*/{name}"))] == []
+
+
+def test_every_file_is_in_the_map():
+    (tree,) = [block for block in blocks(README) if block.startswith("model.py ")]
+    names = [line.split()[0] for line in tree.splitlines()]
+    assert all(Path(name).exists() for name in names)
+    top = {path.split("/")[0] + "/" * ("/" in path) for path in listed() if not path.startswith(".")}
+    assert top - {"README.md"} == set(names)
+    for page in PAGES:
+        assert f"({page})" in TEXTS[README] or f"({page}#" in TEXTS[README]
+
+
+def test_no_file_names_a_personal_path():
+    for name in listed():
+        if Path(name).suffix not in (".png", ".safetensors"):
+            assert not re.search(r"/(?:home|Users|root|work)/\w", Path(name).read_text()), name
+
+
+def test_named_tests_exist():
+    code = "\n".join(path.read_text() for path in Path("tests").rglob("test_*.py"))
+    for path in TEXTS:
+        for name in re.findall(r"`(test_\w+)`", TEXTS[path]):
+            assert f"def {name}(" in code, name
+
+
+# --- code and tables that are pasted
+
+
+def test_the_readmes_function_is_the_shipped_one():
+    lines = inspect.getsource(losses.fpa_loss).splitlines()
+    text = ast.parse("\n".join(lines)).body[0].body[0]
+    assert blocks(README, "python") == ["\n".join(lines[: text.lineno - 1] + lines[text.end_lineno :]) + "\n"]
+
+
+def test_the_table_of_losses_is_that_of_the_code():
+    rows = [[f"`--loss {name}`", row.label.replace("*", r"\*"), row.idea] for name, row in LOSSES.items()]
+    assert table(README, "flag | name") == rows, "README.md's table of losses needs these rows:\n" + "\n".join(map(str, rows))
+
+
+def test_the_table_of_coefficients_is_that_of_the_code():
+    forms = {name: "yes" if row.has_fpa_form or row.form_of else "no" for name, row in LOSSES.items()}
+    rows = [[f"`{name}`", *row.coefficients, forms[name]] for name, row in LOSSES.items()]
+    assert table(Path("docs/method.md"), "`--loss`") == rows
+
+
+def test_the_glossary_is_the_log():
+    text = TEXTS[Path("docs/log_columns.md")].split("## The columns of log.csv")[1].split("\n## ")[0]
+    cells = [re.split(r"(?<!\\)\|", line)[1] for line in text.splitlines() if line.startswith("| `")]
+    assert re.findall(r"`([\w.]+)`", " ".join(cells)) == COLUMNS
+
+
+SHAPES = {  # as published
+    "Qwen/Qwen2.5-Math-7B": {"vocab_size": 152064, "d_model": 3584, "n_layers": 28, "n_heads": 28, "n_kv_heads": 4,
+                             "d_ff": 18944, "qkv_bias": True, "tied_head": False},
+    "deepseek-ai/deepseek-math-7b-instruct": {"vocab_size": 102400, "d_model": 4096, "n_layers": 30, "n_heads": 32,
+                                              "n_kv_heads": 32, "d_ff": 11008, "tied_head": False},
+    "meta-llama/Llama-3.2-3B-Instruct": {"vocab_size": 128256, "d_model": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8,
+                                         "d_ff": 8192},
+    "Qwen/Qwen2.5-Math-1.5B": {"vocab_size": 151936, "d_model": 1536, "n_layers": 28, "n_heads": 12, "n_kv_heads": 2,
+                               "d_ff": 8960, "qkv_bias": True},
+    "Qwen/Qwen2.5-0.5B": {"vocab_size": 151936, "d_model": 896, "n_layers": 24, "n_heads": 14, "n_kv_heads": 2, "d_ff": 4864,
+                          "qkv_bias": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_memory_table_is_the_loaders(name):
+    config = GPTConfig(**SHAPES[name])
+    parameters = parameter_count(empty_model(config))
+    rows = [row for row in table(Path("docs/full_scale.md"), "checkpoint") if row[0] == name]
+    for row, products in zip(rows, ("bf16", "fp32"), strict=True):
+        cells = [f"{training_gib(config, parameters, gpus, products):.0f}" for gpus in (1, 2, 4, 8)]
+        assert row == [name, f"{parameters / 1e9:.2f} B", products, *cells]
+    flags = full_scale.train.parse_args(["--init", name, "--data", "x"])
+    assert flags.micro_batch * flags.max_length == 5120
+
+
+def test_the_prompt_of_full_scale_is_the_one_that_is_asked():
+    assert PROMPT in " ".join(TEXTS[Path("docs/full_scale.md")].split())
+
+
+# --- output and numbers
+
+
+def test_pasted_task_is_what_the_command_prints():
+    printed = subprocess.run([sys.executable, "-m", "toy_math"], capture_output=True, text=True, check=True).stdout
+    (pasted,) = [block for path in TEXTS for block in blocks(path) if "forgotten_carry" in block]
+    assert pasted in printed
+
+
+@functools.cache
+def runs():
+    return results.read_folder(RESULTS)
+
+
+@functools.cache
+def claimed():
+    """{id of a claim: its numbers}."""
+    return {name: measured for name, (_, measured, _) in claims.claims(runs()).items()}
+
+
+def test_pasted_output_is_the_committed_runs():
+    (pasted,) = [block.splitlines() for block in blocks(README) if block.startswith("step ")]
+    main = results.main_runs(runs())
+    (off_rl,), (fpa,) = results.where(main, loss="off_rl", seed=0), results.where(results.fpa_runs(main), seed=0)
+    rows = [{name: column[i] for name, column in fpa.log.items()} for i in range(len(fpa.log["step"]))]
+    lines = [progress_line({**row, "step": int(row["step"])}, 1000, 0) for row in rows]
+    samples = "\n".join(path.read_text() for path in RESULTS.rglob("*.txt"))
+    lines += results.summary([off_rl, fpa]).splitlines() + samples.splitlines()
+    assert len(pasted) == 6 and set(pasted) <= set(lines)
+
+
+def test_the_readmes_numbers_are_those_of_the_results():
+    """`N ± M above` or `below`, or `times`, up to the claim's name in brackets: one of that claim's numbers, with that sign."""
+    text = " ".join(prose(README).split())
+    numbers = re.findall(rf"{ROUNDED} (above|below|times)\b[^±()]*\((C\d+)\)", text)
+    assert len(numbers) == text.count("±") > 5
+    for mean, half, word, name in numbers:
+        places, sign = len(mean.partition(".")[2]), -1 if word == "below" else 1
+        found = [results.mean_and_interval(number.values) for number in claimed()[name]]
+        assert (mean, half) in [(f"{sign * m:.{places}f}", f"{h:.{places}f}") for m, h in found], (mean, half, name)
+
+
+def test_the_readmes_other_statements():
+    assert len(claimed()) == 17
+    assert 0.45 < claimed()["C14"][2].values.mean() < 0.55  # half of GRPO's time
+    mean, half = results.mean_and_interval(claimed()["C7"][3].values)
+    assert "KTO" in claimed()["C7"][3].text and abs(mean) < half
+
+
+def test_the_findings_numbers_are_those_of_results_md():
+    written = (RESULTS / "results.md").read_text()
+    numbers = re.findall(r"-?[\d.]+ ± [\d.]*\d", prose(Path("docs/findings.md")))
+    assert len(numbers) > 15
+    for number in numbers:
+        assert f" {number}" in written or f" -{number}" in written, number
+
+
+def test_the_findings_show_every_figure():
+    shown = re.findall(r"\(\.\./results/figures/(\w+)\.png\)", TEXTS[Path("docs/findings.md")])
+    assert sorted(shown) == sorted(path.stem for path in (RESULTS / "figures").glob("*.png"))
+
+
+# --- adding a loss
+
+
+def insert(path, after, mark, text):
+    """Put a text into a file, in front of the first `mark` behind `after`."""
+    code = path.read_text()
+    at = code.index(mark, code.index(after))
+    path.write_text(code[:at] + text + code[at:])
+
+
+RECOGNISED = """
+from pathlib import Path
+from study import experiments, results
+ids = {run for runs in experiments.members().values() for run in runs}
+assert ids == {run.folder.name for run in results.read_folder(Path("results"))}, "a committed run has another id now"
+"""
+
+
+def test_the_three_steps_add_a_loss(tmp_path):
+    copy = tmp_path / "copy"
+    for name in listed():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(name, copy / name)
+    function, entry, row, test = blocks(Path("docs/contributing.md"), "python")
+    insert(copy / "losses.py", "", "\nHYPERPARAMETERS = {", f"\n{function}\n")
+    insert(copy / "losses.py", "\nHYPERPARAMETERS = {", "}\n\nLOSSES", entry)
+    insert(copy / "losses.py", "\nLOSSES = {", "}  # fmt: skip", row)
+    with open(copy / "tests/test_losses.py", "a") as file:
+        file.write(f"\n\n{test}")
+
+    def python(*words):
+        done = subprocess.run([sys.executable, *words], cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    assert re.search(r"\b([3-9]|\d\d+) passed", python("-m", "pytest", "tests/test_losses.py", "-k", "tilted"))
+    tiny = "--ops 1 --base-steps 300 --slip 0.3 --prompts 24 --rollouts 4 --steps 10 --batch-size 8 --device cpu".split()
+    printed = python("train.py", "--loss", "tilted", "--gamma", "0.25", "--lam", "0", "2", *tiny)
+    assert "tilted with FPA, λ = 2, γ = 0.25" in printed
+    names = [path.parent.name for path in (copy / "runs").glob("*/log.csv")]
+    assert len(names) == 2 and all("tilted" in name and "gamma0.25" in name for name in names)
+    python("-c", RECOGNISED)

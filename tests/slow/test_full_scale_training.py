@@ -1,0 +1,575 @@
+"""full_scale/ as commands: rollouts, training in one and two processes, interruption, evaluation; all offline."""
+
+import contextlib
+import functools
+import importlib
+import io
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_full_scale import ROLLOUTS, change_config, change_tensor, make_checkpoint, write
+
+import full_scale.evaluate
+import full_scale.load_hf
+import full_scale.rollouts
+import full_scale.store
+import full_scale.train
+from full_scale.load_hf import load_pretrained, save_pretrained
+from full_scale.rollouts import is_correct, read_problems
+from losses import token_logps
+from plumbing import files
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A checkpoint that answers tests/rollouts.jsonl's problems, right about half of the time, and the problems."""
+    folder = tmp_path_factory.mktemp("taught")
+    make_checkpoint(folder, hidden_size=64, intermediate_size=128)
+    model, tokenizer = load_pretrained(folder)
+    rows = [json.loads(line) for line in ROLLOUTS.read_text().splitlines()]
+    problems = {row["prompt"]: row["completion"].split("{")[-1].rstrip("}") for row in rows if row["label"]}
+    prompts = [tokenizer.encode(tokenizer.ask(row["prompt"])) for row in rows]
+    answers = [tokenizer.encode("\\boxed{" + row["completion"].split("{")[-1]) + [tokenizer.eos] for row in rows]
+    tokens = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers)]
+    mask = [torch.arange(len(ids)) >= len(prompt) for ids, prompt in zip(tokens, prompts)]
+    tokens, mask = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (tokens, mask))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = -token_logps(model(tokens), tokens, mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_pretrained(model, folder)
+    return folder, write(folder / "problems.jsonl", *({"problem": q, "answer": a} for q, a in problems.items()))
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_module(module, *flags, processes=1):
+    """`python -m full_scale.MODULE`, in this process, or behind torchrun."""
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *launch, "-m", f"full_scale.{module}", *map(str, flags)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    out, error, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            importlib.import_module(f"full_scale.{module}").run([str(flag) for flag in flags])
+        except SystemExit as stop:
+            code = stop.code
+    return Done(code, out.getvalue(), error.getvalue())
+
+
+def sample(folder, problems, out, *flags, module="rollouts"):
+    return run_module(module, "--model", folder, "--problems", problems, "--out", out, "--max-tokens", 24, *flags)
+
+
+def test_from_problems_to_rollouts_to_training_to_evaluation(taught, tmp_path):
+    folder, problems = taught
+    done = sample(folder, problems, tmp_path / "rollouts.jsonl", "--n", 4)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == 32
+    assert {row["label"] for row in rows} == {True, False}
+    gold = [answer for _, answer in read_problems(problems)]
+    assert all(row["label"] == is_correct(gold[row["problem_id"]], row["completion"]) for row in rows)
+    assert f"{sum(row['label'] for row in rows) / 32:.1%} correct" in done.stdout
+
+    flags = ["--init", folder, "--data", tmp_path / "rollouts.jsonl", "--out", tmp_path / "runs", "--steps", 12, "--lr", 1e-3]
+    done = run_module("train", *flags, "--batch-size", 8, "--loss", "fpa", "--lam", 2)
+    assert done.returncode == 0, done.stderr
+    (trained,) = (tmp_path / "runs").glob("*/model")
+    done = sample(trained, problems, tmp_path / "answers.jsonl", module="evaluate")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    mean, error, count = full_scale.evaluate.pass_at_1(rows)
+    assert (count, len(rows)) == (8, 64)
+    assert f"pass@1 {mean:.4f} ± {error:.4f} (standard error over 8 problems, 8 samples each)" in done.stdout
+
+
+def test_sampling_goes_on_where_it_stopped(taught, tmp_path):
+    folder, problems = taught
+    out = tmp_path / "rollouts.jsonl"
+    assert sample(folder, problems, out, "--n", 2).returncode == 0
+    whole = out.read_text()
+    kept = whole.splitlines(keepends=True)[:5]
+    kept[1] = json.dumps({**json.loads(kept[1]), "completion": "a\u2028b\x85"}, ensure_ascii=False) + "\n"
+    out.write_text("".join(kept) + '{"prompt": "torn')
+    done = sample(folder, problems, out, "--n", 2)
+    assert done.returncode == 0, done.stderr
+    assert "5 of 16 rollouts are there" in done.stdout
+    rows = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
+    assert out.read_text().startswith("".join(kept))
+    assert sorted(row["problem_id"] for row in rows) == [i for i in range(8) for _ in range(2)]
+    done = sample(folder, problems, out, "--n", 2, "--temperature", 0.5)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(f"{out} was made with other settings or problems: name another --out, or remove it")
+    problems.write_text(problems.read_text().replace("What is", "How much is"))
+    assert sample(folder, problems, out, "--n", 2).returncode == 2
+    problems.write_text(problems.read_text().replace("How much is", "What is"))
+    assert len(out.read_text().split("\n")[:-1]) == 16
+
+
+def test_what_cannot_be_sampled_leaves_nothing(taught, tmp_path):
+    folder, problems = taught
+    cases = {
+        ("--problems", "nowhere.jsonl"): "nowhere.jsonl: No such file",
+        ("--model", str(tmp_path)): "no *.safetensors",
+        ("--n", "0"): "argument --n: must be a whole number from 1 to ",
+    }
+    if not find_spec("vllm"):
+        cases["--engine", "vllm"] = "--engine vllm: No module named 'vllm'; pip install vllm"
+    for flags, message in cases.items():
+        done = sample(folder, problems, tmp_path / "rollouts.jsonl", *flags)
+        assert done.returncode == 2
+        assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+# --- train.py
+
+QUICK = ["--steps", 6, "--batch-size", 8, "--micro-batch", 2, "--eval-every", 1, "--save-every", 2, "--lr", 1e-3, "--warmup", 2]
+
+
+def train(checkpoint, out, *flags, data=ROLLOUTS, processes=1):
+    """Train on the shipped rollouts -> the log's columns but for the times."""
+    done = run_module("train", "--init", checkpoint, "--data", data, "--out", out, *QUICK, *flags, processes=processes)
+    assert done.returncode == 0, done.stderr
+    return log_of(out)
+
+
+def log_of(out):
+    (path,) = out.glob("*/log.csv")
+    header, *lines = path.read_text().splitlines()
+    rows = [dict(zip(header.split(","), map(float, line.split(",")))) for line in lines]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def assert_logs_agree(ours, expected, rtol):
+    assert [row["step"] for row in ours] == [row["step"] for row in expected] == list(range(7))
+    for row, other in zip(ours, expected):
+        assert row == pytest.approx(other, rel=rtol, abs=rtol, nan_ok=True)
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    return out, train(checkpoint, out)
+
+
+def test_two_processes_train_as_one_does(checkpoint, alone, tmp_path):
+    assert_logs_agree(train(checkpoint, tmp_path, processes=2), alone[1], rtol=1e-4)
+    weights = [load_file(next(out.glob("*/model/model.safetensors"))) for out in (alone[0], tmp_path)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_a_live_reference_is_the_cached_one(checkpoint, alone, tmp_path):
+    assert_logs_agree(train(checkpoint, tmp_path, "--reference", "live"), alone[1], rtol=1e-5)
+    assert list(alone[0].glob("cache/*/hidden-*"))
+    assert not list(tmp_path.glob("cache/*/hidden-*"))
+
+
+def test_recomputing_activations_changes_nothing(checkpoint, alone, tmp_path):
+    assert_logs_agree(train(checkpoint, tmp_path, "--no-recompute"), alone[1], rtol=1e-5)
+
+
+def test_micro_batches_add_up(checkpoint, alone, tmp_path):
+    assert_logs_agree(train(checkpoint, tmp_path, "--micro-batch", 8), alone[1], rtol=1e-4)
+
+
+def test_the_log_starts_at_the_reference(alone):
+    log = alone[1]
+    assert abs(log[0]["logratio_correct"]) < 1e-4
+    assert log[0]["pi_incorrect"] == pytest.approx(log[0]["pihat_incorrect"], rel=1e-5)
+    assert log[-1]["logratio_correct"] - log[-1]["logratio_incorrect"] > 0.1
+    assert log[-1]["coefficient_incorrect"] < log[-1]["pi_incorrect"] * 1.5
+
+
+@pytest.mark.parametrize(
+    "loss", ["off_rl", "simper", "dpo", "rpo", "kto", "a_star_po", "pessimistic", "sft", "constant", "sharpened"]
+)
+def test_every_loss_trains(loss, checkpoint, tmp_path):
+    log = train(checkpoint, tmp_path, "--loss", loss, "--steps", 6)
+    assert log[-1]["logratio_correct"] > log[-1]["logratio_incorrect"]
+
+
+@pytest.mark.parametrize("flags", [("--loss", "kto", "--lam", 2), ("--loss", "dpo")], ids=["rows", "pairs"])
+def test_two_processes_share_z0_and_pairs(flags, checkpoint, tmp_path):
+    logs = [train(checkpoint, tmp_path / str(n), *flags, processes=n) for n in (1, 2)]
+    assert_logs_agree(logs[1], logs[0], rtol=1e-4)
+
+
+def test_bfloat16_products_change_little(checkpoint, alone, tmp_path):
+    log = train(checkpoint, tmp_path, "--precision", "bf16")
+    assert log != alone[1]
+    assert_logs_agree(log, alone[1], rtol=0.05)
+
+
+def test_the_trained_checkpoint_loads_in_transformers(checkpoint, alone):
+    (folder,) = alone[0].glob("*/model")
+    theirs, (ours, _) = transformers.AutoModelForCausalLM.from_pretrained(folder), load_pretrained(folder)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-5, rtol=1e-5)
+    before = load_file(checkpoint / "model.safetensors")
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in load_file(folder / "model.safetensors").items())
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(folder).eos_token == "<|im_end|>"
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch, condition):
+    """Make training_step raise where a condition is met: a kill at that moment, in this process."""
+    original = full_scale.train.training_step
+
+    def until(*arguments):
+        if condition():
+            raise Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(full_scale.train, "training_step", until)
+
+
+def interrupt(checkpoint, out, *flags):
+    with pytest.raises(Killed):
+        train(checkpoint, out, *flags)
+    torch.distributed.destroy_process_group()
+
+
+def saved_step(out):
+    return max((json.loads(path.read_text())["step"] for path in out.glob("*/checkpoint/state.json")), default=0)
+
+
+@pytest.mark.parametrize("flags", [(), ("--eval-every", 4, "--save-every", 3)], ids=["each step", "off the grid"])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(flags, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(full_scale.store, "SHARD_BYTES", 20_000)  # so that a checkpoint is of several files
+    expected = train(checkpoint, tmp_path / "whole", *flags)
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        step = iter(range(10))
+        kill_at(patch, lambda: next(step) == 5)
+        interrupt(checkpoint, killed, *flags)
+    assert 0 < saved_step(killed) < 5 and len(list(killed.glob("*/checkpoint/*.safetensors"))) > 5
+    assert not list(killed.glob("*/model"))
+    same(train(checkpoint, killed, *flags), expected)
+    weights = [load_file(next(out.glob("*/model/model.safetensors"))) for out in (tmp_path / "whole", killed)]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    assert not list(killed.glob("*/checkpoint*"))
+    again = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", killed, *QUICK, *flags)
+    assert "already finished" in again.stdout
+
+
+def same(ours, expected):
+    """Equal to the last digit that the log has; a NaN is equal to itself."""
+    assert str(ours) == str(expected)
+
+
+def test_a_run_killed_from_outside_goes_on(checkpoint, alone, tmp_path):
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK]
+    command = [sys.executable, "-m", "full_scale.train", *map(str, flags)]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in running.stdout:
+        if line.startswith("step     4/"):  # the checkpoint of step 2 is there, that of 4 perhaps
+            os.kill(running.pid, signal.SIGKILL)
+            break
+    running.wait()
+    done = run_module("train", *flags)
+    assert "from step " in done.stdout
+    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("moment", ["part is whole", "old is moved", "old is half gone", "part is half written"])
+def test_a_checkpoint_that_was_being_replaced_is_taken_up(moment, checkpoint, alone, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, lambda: saved_step(tmp_path) == 4)
+        interrupt(checkpoint, tmp_path)
+    (whole,) = tmp_path.glob("*/checkpoint")
+    part, old = (whole.with_name(f"checkpoint.{name}") for name in ("part", "old"))
+    if moment == "part is whole":
+        whole.rename(part)
+    elif moment == "old is moved":
+        whole.rename(old)
+    elif moment == "old is half gone":
+        shutil.copytree(whole, old)
+        next(old.glob("*.safetensors")).unlink()
+    else:
+        shutil.copytree(whole, part)
+        (part / "state.json").unlink()
+    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "from step 4" in done.stdout
+    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["a file is gone", "torn state", "empty state"])
+def test_a_checkpoint_that_is_not_whole_is_refused(damage, checkpoint, alone, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, lambda: saved_step(tmp_path) == 4)
+        interrupt(checkpoint, tmp_path)
+    (folder,) = tmp_path.glob("*/checkpoint")
+    if damage == "a file is gone":
+        next(folder.glob("*.safetensors")).unlink()
+    else:
+        (folder / "state.json").write_text("{" if damage == "torn state" else '{"files": {}}')
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK]
+    done = run_module("train", *flags)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"error: {folder}: damaged; --no-resume begins anew" in done.stderr
+    done = run_module("train", *flags, "--no-resume")
+    assert done.returncode == 0 and "resuming" not in done.stdout
+    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
+
+
+def test_a_run_goes_on_in_another_number_of_processes(checkpoint, alone, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, lambda: saved_step(tmp_path) == 2)
+        interrupt(checkpoint, tmp_path)
+    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "from step 2" in done.stdout
+    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_and_saves(number, checkpoint, tmp_path, monkeypatch):
+    expected = train(checkpoint, tmp_path / "whole", "--save-every", 100)
+    original, steps = full_scale.train.training_step, iter(range(10))
+
+    def signalled(*arguments):
+        if next(steps) == 2:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path / "stopped", *QUICK, "--save-every", 100]
+    with monkeypatch.context() as patch:
+        patch.setattr(full_scale.train, "training_step", signalled)
+        done = run_module("train", *flags)
+    assert done.returncode == 128 + number
+    assert done.stderr.startswith("interrupted: what is saved in ") and done.stderr.count("\n") == 1
+    done = run_module("train", *flags)
+    assert "from step 3" in done.stdout
+    same(log_of(tmp_path / "stopped"), expected)
+
+
+def test_a_signal_in_the_last_step_is_not_lost(checkpoint, tmp_path, monkeypatch):
+    original, steps = full_scale.train.Log.evaluate, int(QUICK[QUICK.index("--steps") + 1])
+
+    def signalled(log, step, model):
+        if step == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(log, step, model)
+
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK]
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "sums.safetensors.99999999999999999999.part").touch()  # no process has this number
+    with monkeypatch.context() as patch:
+        patch.setattr(full_scale.train.Log, "evaluate", signalled)
+        done = run_module("train", *flags)
+    assert done.returncode == 143 and done.stderr.count("\n") == 1, done.stderr
+    (folder,) = tmp_path.glob("*/model")
+    (folder.parent / "checkpoint").mkdir()  # as a kill just before its removal leaves it
+    done = run_module("train", *flags)
+    assert done.returncode == 0 and "already finished" in done.stdout and not (folder.parent / "checkpoint").exists()
+
+
+def test_a_result_that_cannot_be_written_costs_no_step(checkpoint, alone, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise files.UserError("no space")
+
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--save-every", 100]
+    with monkeypatch.context() as patch:
+        patch.setattr(full_scale.train, "save_pretrained", full)
+        assert run_module("train", *flags).returncode == 2
+    done = run_module("train", *flags)
+    assert done.returncode == 0 and "from step 6" in done.stdout
+    same(log_of(tmp_path), alone[1])
+
+
+def test_other_data_or_weights_are_another_run(checkpoint, tmp_path):
+    folder, data = shutil.copytree(checkpoint, tmp_path / "checkpoint"), tmp_path / "rollouts.jsonl"
+    data.write_text(ROLLOUTS.read_text())
+    first = train(folder, tmp_path / "1", data=data)
+    data.write_text(ROLLOUTS.read_text().replace("First", "Now"))
+    train(folder, tmp_path / "2", data=data)
+    data.write_text(ROLLOUTS.read_text())
+    change_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 30.0})
+    train(folder, tmp_path / "3", data=data)
+    change_tensor(folder, lambda tensors: tensors["model.norm.weight"].mul_(1.01))
+    train(folder, tmp_path / "4", data=data)
+    names = {name: {path.name for path in tmp_path.glob(name)} for name in ("*/checkpoint-*", "*/cache/*")}
+    assert [len(some) for some in names.values()] == [4, 4]
+    assert abs(first[0]["logratio_correct"]) < 1e-4
+
+
+def test_a_prompt_of_no_token_is_named(checkpoint, tmp_path):
+    lines = ROLLOUTS.read_text().splitlines()
+    data = write(tmp_path / "rollouts.jsonl", *lines, {"prompt": "", "completion": "1", "label": True})
+    done = run_module("train", "--init", checkpoint, "--data", data, "--out", tmp_path, *QUICK)
+    assert done.returncode == 2
+    assert f"{data}: 1 of 33 lines are bad: line 33: a prompt of no token" in done.stderr
+
+
+def test_the_end_is_trained_once(checkpoint, tmp_path):
+    lines = [json.loads(line) for line in ROLLOUTS.read_text().splitlines()]
+    ended = [{**line, "completion": line["completion"] + "<|im_end|>"} for line in lines]
+    cut = [{**line, "finished": False} for line in lines]
+    tokens = []
+    for name, rows in (("plain", lines), ("ended", ended), ("cut", cut)):
+        log = train(checkpoint, tmp_path / name, data=write(tmp_path / f"{name}.jsonl", *rows))
+        tokens.append(log[-1]["tokens_sampled"])
+    assert tokens[0] == tokens[1] == tokens[2] + 32
+
+
+def test_plots_draws_the_log(checkpoint, alone, finished, tmp_path):
+    command = [sys.executable, "plots.py", str(alone[0]), "--to", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "dynamics.png").exists()
+    claims = [sys.executable, "-m", "study.claims", str(alone[0])]
+    done = subprocess.run(claims, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "8 prompts × 4 rollouts" in (alone[0] / "results.md").read_text()
+    toy = next(finished[0].glob("fpa-*"))
+    both = shutil.copytree(alone[0], tmp_path / "both")
+    shutil.copytree(toy, both / toy.name)
+    done = subprocess.run([*command[:2], str(both), *command[3:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    train(checkpoint, tmp_path / "off_rl", "--loss", "off_rl")  # whose rollouts no overlap was measured of
+    command[2] = str(tmp_path / "off_rl")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+BAD_COMMANDS = {
+    "--loss grpo": "grpo samples at every step",
+    "--loss dpo fpa": "one method a run",
+    "--lam 1 2": "one method a run",
+    "--loss sft --lam 1": "argument --lam: sft has none",
+    "--micro-batch 3": "argument --micro-batch: must be even",
+    "--micro-batch 16 --batch-size 8": "divide --batch-size 8",
+    "--lr 0": "argument --lr: must be a number above 0 and at most 1",
+    "--init nowhere/at all": "nowhere/at all: no such folder, nor from the hub",
+    "--data nowhere.jsonl": "nowhere.jsonl: No such file",
+    "--max-length 3": "32 of 32 lines are bad: line 1: ",
+    "--max-length 3 --skip-bad-lines": "32 of 32 lines are bad: line 1: ",
+    "--skip-nonfinite x": "argument --skip-nonfinite: must be a whole number",
+    "--save-every 0": "argument --save-every: must be a whole number",
+    "--steps 1000000000": "argument --steps: times --batch-size must be at most 100,000,000",
+    "--lr 1e300": "argument --lr: must be a number above 0 and at most 1",
+}
+
+
+def test_bad_lines_are_left_out_if_asked(checkpoint, alone, tmp_path):
+    lines = ROLLOUTS.read_text().splitlines()
+    data = write(tmp_path / "rollouts.jsonl", "{", *lines[:5], {"prompt": "1"}, *lines[5:])
+    flags = ["--init", checkpoint, "--data", data, *QUICK]
+    refused = run_module("train", *flags, "--out", tmp_path / "refused")
+    said = f"{data}: 2 of 34 lines are bad: line 1: not JSON"
+    assert refused.returncode == 2 and said in refused.stderr and not list(tmp_path.glob("refused/*/*"))
+    done = run_module("train", *flags, "--skip-bad-lines", "--out", tmp_path / "runs")
+    assert done.returncode == 0 and done.stdout.count(said) == 1
+    same([{**row, "seconds": 0} for row in log_of(tmp_path / "runs")], [{**row, "seconds": 0} for row in alone[1]])
+
+
+def test_a_step_that_is_not_finite_stops_or_is_skipped(checkpoint, tmp_path, monkeypatch):
+    original = full_scale.train.objective
+
+    def broken(batch, *words):
+        loss, coefficient = original(batch, *words)
+        return loss * (math.nan if next(calls) in (4, 5) else 1.0), coefficient  # micro-batches of the second step
+
+    monkeypatch.setattr(full_scale.train, "objective", broken)
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, *QUICK, "--out"]
+    calls = iter(range(10**6))
+    done = run_module("train", *flags, tmp_path / "stopped")
+    assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
+    assert "step 2: loss nan" in done.stderr and "problem ids of its batch: [" in done.stderr
+    calls = iter(range(10**6))
+    done = run_module("train", *flags, tmp_path / "skipped", "--skip-nonfinite", 1)
+    assert done.returncode == 0 and [row["skipped"] for row in log_of(tmp_path / "skipped")][:3] == [0, 0, 1]
+    assert all(t.isfinite().all() for t in load_file(next(tmp_path.glob("skipped/*/model/model.safetensors"))).values())
+
+
+def test_a_second_training_of_a_run_is_refused(checkpoint, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, lambda: True)
+        interrupt(checkpoint, tmp_path)
+    (folder,) = tmp_path.glob("*-fpa-*")
+    with files.locked(tmp_path / "cache" / f"{folder.name}.lock", "it"):
+        done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
+    assert done.returncode == 2 and f"is being worked on by process {os.getpid()}" in done.stderr
+
+
+def test_a_damaged_reference_is_one_line(checkpoint, tmp_path):
+    train(checkpoint, tmp_path)
+    shutil.rmtree(next(tmp_path.glob("*-fpa-*")))
+    hidden = next(tmp_path.glob("cache/*/hidden-*.safetensors"))
+    content = bytearray(hidden.read_bytes())
+    content[-100] ^= 1
+    for damage in (lambda: hidden.write_bytes(content), hidden.unlink):
+        damage()
+        done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
+        assert done.returncode == 2 and str(hidden) in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_of_noise_is_one_line(checkpoint, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, lambda: saved_step(tmp_path) == 4)
+        interrupt(checkpoint, tmp_path)
+    path = next(tmp_path.glob("*/checkpoint/*.safetensors"))
+    path.write_bytes(bytes(path.stat().st_size))
+    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
+    assert done.returncode == 2 and f"error: {path.parent}: " in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, alone, tmp_path):
+    """No file may grow beyond 150 kB: the reference's hidden states may, a checkpoint may not."""
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK]
+    command = [sys.executable, "-m", "full_scale.train", *map(str, flags)]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (150_000, 150_000))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"error: {tmp_path}" in done.stderr and "checkpoint.part: " in done.stderr and "File too large" in done.stderr
+    assert run_module("train", *flags).returncode == 0
+    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
+
+
+def test_a_disk_too_small_for_the_reference_is_one_line(checkpoint, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
+    assert done.returncode == 2
+    assert "the reference takes 0.0 GB, and 0.0 GB are free" in done.stderr
+    assert not list(tmp_path.glob("cache/*/*"))
+    assert train(checkpoint, tmp_path, "--loss", "off_rl")  # needs none
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_COMMANDS.items(), ids=BAD_COMMANDS)
+def test_a_bad_command_is_one_line(flags, message, checkpoint, tmp_path):
+    words = flags.replace("nowhere/at all", "nowhere/at~all").split()
+    words = [word.replace("~", " ") for word in words]
+    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.glob("*/log.csv"))

@@ -1,0 +1,590 @@
+"""results/ and what is made of it: the tables, every figure, the claims with their verdicts, and the findings of the docs."""
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_plots import FPA, fake_run
+from test_train import TINY
+
+import plots
+import train
+from plumbing.files import UserError
+from study import claims, drawing, experiments, results
+
+FOLDER = Path("results")
+RUNS = results.read_folder(FOLDER)
+MAIN = results.main_runs(RUNS)
+
+
+def add_extrapolation(folder, ratio, gain):
+    """An extrapolation.csv whose π̂ is at t' = (1 + lam) t `ratio` times as far away, elsewhere much farther."""
+    lines = ["t,later,lam,kl,tv,token_error,coefficient_error,coefficient_rank"]
+    for t in (10, 20, 40, 80, 320, 480):
+        for later in (2 * t, 3 * t, 4 * t):
+            for lam in (0, 0.5, 1, 2, 5):
+                hit = later == (1 + lam) * t
+                factor = 1 if lam == 0 else ratio * (1 if t < 80 else 4 if t < 480 else 1e6) if hit else 1e6
+                numbers = [0.1 * factor, 0.1 * factor, 0.1 * factor**2, 0.1 * factor**3]
+                lines.append(",".join(map(str, [t, later, lam, *numbers, 0.5 if lam == 0 else 0.5 + gain if hit else -1])))
+    (folder / "extrapolation.csv").write_text("\n".join(lines) + "\n")
+
+
+# --- the tables
+
+
+@pytest.fixture(scope="module")
+def members():
+    return experiments.members()
+
+
+def test_the_rows_are_the_runs_of_the_commands(members):
+    """And each is named by the digest of its settings."""
+    rows = results.read_rows(FOLDER / "runs.csv")
+    expected = {}
+    for name, ids in members.items():
+        for run in ids:
+            expected.setdefault(run, []).append(name)
+    assert {row["id"]: row["experiments"].split() for row in rows} == expected and len(rows) == len(expected) == len(RUNS)
+    for run in RUNS:
+        assert run.folder.name == experiments.identity(run.config) and run.config["environment"]["threads"] == 1
+    for name in ("curves", *results.TABLES):
+        assert results.read_table(FOLDER / f"{name}.csv").keys() <= expected.keys()
+
+
+def test_the_tables_are_small_and_two_runs_answers_are_kept():
+    assert all(path.stat().st_size < 5e6 for path in FOLDER.rglob("*") if path.is_file())
+    assert {path.name for path in (FOLDER / "samples").iterdir()} == {"off_rl.txt", "fpa.txt"}
+
+
+def test_each_run_is_of_one_machine():
+    """A CPU's rounding shows in the rollouts of its base models."""
+    for some in results.by(RUNS, lambda run: (run.config["seed"], run.config["prompts"])).values():
+        machines = results.by(some, lambda run: run.config["environment"]["cpu"])
+        shares = [{run.config["measured"]["share_correct"] for run in runs} for runs in machines.values()]
+        assert all(len(share) == 1 for share in shares) and len(set.union(*shares)) == len(shares) <= 2
+
+
+@pytest.mark.parametrize(
+    "value", [0, 1.0, 0.1 + 0.2, 1e-300, True, "toy", "1", "true", "null", "", "a,b", 'a "b"', "two\nlines", [1, "x"], {}, "π"]
+)
+def test_a_cell_is_read_as_it_was_written(value, tmp_path):
+    experiments.write_table(
+        tmp_path / "runs.csv", [{"id": "1", **experiments.flat({"a": value, "b": {"c": value, "none": None}})}]
+    )
+    (row,) = results.read_rows(tmp_path / "runs.csv")
+    config = results.config_of(row)
+    assert config == {"a": value, "b": {"c": value}} and type(config["a"]) is type(value)
+
+
+def some_runs(folder, seeds=(0, 1)):
+    """Runs of two methods with their settings in nested dicts, one of them with diagnostics -> {experiment: ids}."""
+    ids, environment = [], {"cpu": 'x "86", fast', "threads": 1}
+    for seed in seeds:
+        for name, method in {"off_rl": {}, "fpa": FPA, "grpo": {"loss": "grpo", "dapo": False}}.items():
+            made = fake_run(folder / f"{name}-{seed}", seed, 0.1 + 0.2, environment=environment, **method)
+            ids.append(experiments.identity(json.loads((made / "config.json").read_text())))
+    add_extrapolation(folder / "fpa-0", 0.5, 0.1)
+    return {"first": ids[:3], "second": ids}
+
+
+def same_runs(ours, theirs):
+    def content(table):
+        return {name: column.tolist() for name, column in table.items()}
+
+    for run, other in zip(ours, theirs, strict=True):
+        assert run.config == other.config
+        assert str(content(run.log)) == str(content(other.log))  # as text, in which NaN is NaN
+        assert [str(content(table)) for table in run.tables.values()] == [str(content(x)) for x in other.tables.values()]
+    assert drawing.fingerprint(ours) == drawing.fingerprint(theirs)
+    return True
+
+
+def test_a_gathered_folder_gives_the_same_runs(tmp_path):
+    names = some_runs(tmp_path / "runs")
+    assert experiments.gather(tmp_path / "runs", tmp_path / "tables", names) == 6
+    assert same_runs(results.read_folder(tmp_path / "tables"), results.read_folder(tmp_path / "runs"))
+    rows = results.read_rows(tmp_path / "tables" / "runs.csv")
+    assert [row["experiments"] for row in rows] == ["first second"] * 3 + ["second"] * 3
+    assert {row["machine"] for row in rows} == {'x "86", fast'} and "environment.cpu" not in rows[0]
+
+
+def test_gathering_adds_and_never_loses(tmp_path, capsys):
+    tables, names = tmp_path / "tables", some_runs(tmp_path / "all")
+    first = {"first": names["first"]}
+    assert experiments.gather(tmp_path / "all", tables, first) == 3  # of no other experiment
+    before = contents(tables)
+    assert experiments.gather(tmp_path / "all", tables, first) == 0
+    assert experiments.gather(tmp_path / "none", tables, first) == 0
+    assert contents(tables) == before
+    (tmp_path / "all" / "off_rl-1" / "log.csv").write_text("step\n")  # an unfinished run
+    assert experiments.gather(tmp_path / "all", tables, names) == 2 and "off_rl-1" in capsys.readouterr().err
+    fake_run(tmp_path / "more" / "off_rl-1", 1, 0.1 + 0.2, environment={"cpu": 'x "86", fast', "threads": 1})
+    assert experiments.gather(tmp_path / "more", tables, names) == 1
+    add_extrapolation(tmp_path / "all" / "off_rl-0", 2.0, 0.1)  # diagnostics that were made later
+    assert experiments.gather(tmp_path / "all", tables, names) == 0
+    shutil.copy(tmp_path / "more" / "off_rl-1" / "log.csv", tmp_path / "all" / "off_rl-1")
+    assert same_runs(results.read_folder(tables), results.read_folder(tmp_path / "all"))
+
+
+def test_a_gathering_that_was_cut_off_is_made_good(tmp_path):
+    tables, names = tmp_path / "tables", some_runs(tmp_path / "runs")
+    experiments.gather(tmp_path / "runs", tables, names)
+    whole = contents(tables)
+    rows = results.read_rows(tables / "runs.csv")
+    experiments.write_table(tables / "runs.csv", rows[:2])  # the file that is written last
+    assert experiments.gather(tmp_path / "runs", tables, names) == 4
+    assert contents(tables) == whole
+
+
+TORN = {
+    "curves": ("curves.csv", lambda text: text[:-4], "curves.csv: damaged"),
+    "no id": ("curves.csv", lambda text: text.replace("id,", "run,", 1), "curves.csv: damaged (no id)"),
+    "runs": ("runs.csv", lambda text: text[:-1], "runs.csv: damaged"),
+    "a table": ("extrapolation.csv", lambda text: text[:-1], "extrapolation.csv: damaged"),
+    "noise": ("curves.csv", lambda text: "\0\1", "curves.csv: damaged"),
+    "only a header": ("curves.csv", lambda text: text.splitlines()[0] + "\n", "curves.csv: damaged"),
+}
+DAMAGED = TORN | {
+    "a dict too": ("runs.csv", lambda text: text.replace("measured.shared_tokens", "lr.x"), "runs.csv: damaged"),
+    "another version": ("runs.csv", lambda text: text.replace(",3,", ",2,"), "was written by another version: format 2, not 3"),
+    "words": ("curves.csv", lambda text: text.replace(",0.4,", ",low,"), "no finished run below"),
+    "unknown losses": ("runs.csv", lambda text: re.sub("off_rl|fpa|grpo", "ppo", text), "no finished run below"),
+    "other curves": ("curves.csv", lambda text: re.sub("^[0-9a-f]{8}", "x", text, flags=re.M), "no finished run below"),
+}
+
+
+def damaged(folder, name, damage):
+    """Tables of three runs, one of them damaged -> the three experiments' ids, and the content of the tables."""
+    names = some_runs(folder / "runs", seeds=(0,))
+    experiments.gather(folder / "runs", folder / "tables", names)
+    path = folder / "tables" / name
+    path.write_text(damage(path.read_text()))
+    return names, contents(folder / "tables")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize("command", [plots.run, claims.run])
+def test_damaged_tables_are_one_line(command, name, damage, message, tmp_path, capsys):
+    _, before = damaged(tmp_path, name, damage)
+    with pytest.raises(SystemExit) as stop:
+        command([str(tmp_path / "tables")])
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and message in error[-1] and all("left out" in line for line in error[:-1])
+    assert contents(tmp_path / "tables") == before
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), TORN.values(), ids=TORN)
+def test_nothing_is_gathered_into_torn_tables(name, damage, message, tmp_path):
+    names, before = damaged(tmp_path, name, damage)
+    fake_run(tmp_path / "runs" / "new", 7)
+    names["first"].append(experiments.identity(json.loads((tmp_path / "runs" / "new" / "config.json").read_text())))
+    with pytest.raises(UserError, match=re.escape(message)):
+        experiments.gather(tmp_path / "runs", tmp_path / "tables", names)
+    assert contents(tmp_path / "tables") == before
+
+
+# --- the command of the experiments
+
+
+def test_the_experiments_are_listed(capsys):
+    experiments.run([])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert [line[0] for line in lines] == list(experiments.EXPERIMENTS)
+    assert all(runs == held and float(hours) > 0 for _, runs, held, hours in lines)
+
+
+def test_hours_are_those_of_own_runs_or_of_runs_like_them(members):
+    runs, _ = experiments.held(FOLDER)
+    took = experiments.hours(members["main"], runs)
+    assert took == pytest.approx(sum(runs[run].log["seconds"][-1] for run in members["main"]) / 3600)
+    others = {run: made for run, made in runs.items() if run not in members["main"]}
+    assert experiments.hours(members["main"], others) == pytest.approx(took, rel=0.5)
+    assert np.isnan(experiments.hours(members["main"], {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("Main", "did you mean main?"), ("promts", "did you mean prompts?"), ("x", "are main,")]
+)
+def test_a_wrong_name_gets_the_nearest(name, hint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        experiments.run(["main", name])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"no experiment {name!r}" in error and hint in error
+
+
+def test_only_what_is_missing_is_run(tmp_path, monkeypatch, members, capsys):
+    """Nothing where all is held. Where a seed's runs are gone, or its diagnostics, this seed alone; then they are gathered."""
+    asked = []
+
+    def seeds(runs):
+        return {settings["seed"] for settings in runs.values()}
+
+    monkeypatch.setattr(train, "main", lambda args, runs: asked.append((args, runs)))
+    monkeypatch.setattr(experiments, "members", lambda: members)
+    experiments.run(["main", "targets", "--to", str(FOLDER), "--out", str(tmp_path / "runs")])
+    assert not asked and capsys.readouterr().out.count("gathered      0 new runs") == 2
+    shutil.copytree(FOLDER, tmp_path / "tables")
+    rows = results.read_rows(FOLDER / "runs.csv")
+    gone = {run.folder.name for run in MAIN if run.config["seed"] == 3}
+    experiments.write_table(tmp_path / "tables" / "runs.csv", [row for row in rows if row["id"] not in gone])
+    flags = ["--to", str(tmp_path / "tables"), "--out", str(tmp_path / "runs"), "--jobs", "1"]
+    experiments.run(["prolonged", "main", "online", *flags])
+    assert [(seeds(runs), args.jobs, args.diagnostics) for args, runs in asked] == [({3}, 1, True), ({3}, 1, False)]
+    table = [row for row in csv.DictReader((FOLDER / "entanglement.csv").open())]
+    tables = [row for row in table if row["id"] not in {run.folder.name for run in MAIN if run.config["seed"] == 4}]
+    shutil.copy(FOLDER / "runs.csv", tmp_path / "tables")
+    experiments.write_table(tmp_path / "tables" / "entanglement.csv", tables)
+    del asked[:]
+    experiments.run(["main", "online", *flags])
+    assert [seeds(runs) for _, runs in asked] == [{4}]
+
+
+def test_an_experiment_is_run_gathered_and_then_held(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"tiny": [" ".join([*TINY, "--diagnostics"])]})
+    flags = ["--out", str(tmp_path / "runs"), "--to", str(tmp_path / "tables"), "--jobs", "1"]
+    experiments.run([*flags])
+    assert re.search(r"^tiny +2 +0 +\?$", capsys.readouterr().out, flags=re.M)
+    experiments.run(["tiny", *flags])
+    assert "gathered      2 new runs" in capsys.readouterr().out
+    assert same_runs(results.read_folder(tmp_path / "tables"), results.read_folder(tmp_path / "runs"))
+    assert all({"entanglement", "tokens"} <= set(run.tables) for run in results.read_folder(tmp_path / "tables"))
+    monkeypatch.setattr(train, "main", None)
+    experiments.run(["tiny", *flags])
+    assert "gathered      0 new runs" in capsys.readouterr().out
+
+
+# --- verdicts
+
+
+@pytest.mark.parametrize(
+    "values, side, bound, supported",
+    [
+        ([1, 2, 3], ">", -1, True),  # 2 ± 2.48
+        ([1, 2, 3], ">", 0, False),
+        ([1, 2, 3], "<", 5, True),
+        ([1, 2, 3], "<", 4, False),
+        ([0.5], ">", 0.4, True),
+        ([0.5], ">", 0.5, False),
+    ],
+)
+def test_a_number_is_supported_if_its_whole_interval_is(values, side, bound, supported):
+    assert claims.Measured("x", np.array(values, dtype=float), side, bound).supports() == supported
+
+
+def test_verdicts():
+    yes, no, said = (claims.Measured("x", np.array([1.0, 1.0]), side, bound) for side, bound in ((">", 0), (">", 2), ("", 0)))
+    once = claims.Measured("x", np.array([1.0]), ">")
+    assert claims.verdict([once]) == "not run" and claims.verdict([once._replace(seeded=False)]) == "reproduced"
+    assert claims.verdict([yes, yes, said]) == "reproduced" and claims.verdict([yes, no]) == "mixed"
+    assert claims.verdict([no, said]) == "not reproduced"
+    assert claims.verdict([yes, claims.Measured("x", np.array([]), ">")]) == "not run"
+    assert str(claims.Measured("x", np.array([1.0, 2.0, 3.0]), ">", 0.5)) == "x: 2.00 ± 2.48 (claim: > 0.5)"
+    assert str(claims.Measured("x", np.array([0.5]))) == "x: 0.500"
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    ours = [
+        results.read_run(fake_run(tmp_path / f"f{seed}", seed, final, **FPA)) for seed, final in ((0, 0.8), (1, 0.5), (2, 0.1))
+    ]
+    theirs = [results.read_run(fake_run(tmp_path / f"o{seed}", seed, final)) for seed, final in ((1, 0.1), (0, 0.6))]
+    assert claims.paired(ours, theirs, results.final).tolist() == pytest.approx([0.2, 0.4])
+
+
+def test_every_claim_says_what_it_measures(tmp_path):
+    """Made-up runs, in which every number of every claim can be worked out by hand."""
+    runs = {
+        "off_rl": (0.2, {}), "fpa": (0.8, {"scale": 0.5, **FPA}), "sft": (0.9, {"loss": "sft"}),
+        "lam0.5": (0.5, {**FPA, "lam": 0.5}), "lam1": (0.6, {**FPA, "lam": 1.0}), "lam10": (0.7, {**FPA, "lam": 10.0}),
+        "correct": (0.1, {**FPA, "target": "correct", "scale": 3}),
+        "incorrect": (0.85, {**FPA, "target": "incorrect", "scale": 4}),
+        "constant": (0.65, {"loss": "constant", "weight": 0.4}),
+        "sharpened": (0.75, {**FPA, "loss": "sharpened"}),
+        "sharpened2": (0.7, {**FPA, "loss": "sharpened", "target": "incorrect"}),
+        "long": (0.1, {"steps": 40}), "long fpa": (0.7, {"steps": 40, **FPA}),
+        "slow": (0.3, {"lr": 5e-4, "scale": 0.6}), "slower": (0.4, {"lr": 1e-4, "scale": 0.1}), "faster": (0.0, {"lr": 1e-2}),
+        "early": (0.5, {"lr": 2e-5, **FPA}), "middle": (0.5, {"lr": 2e-4, **FPA}),
+        "few fpa": (0.3, {"prompts": 4, **FPA}), "few sft": (0.55, {"prompts": 4, "loss": "sft"}),
+        "many fpa": (0.95, {"prompts": 64, **FPA}), "many sft": (0.9, {"prompts": 64, "loss": "sft"}),
+    }  # fmt: skip
+    for name in ("dpo", "rpo", "kto", "simper", "grpo"):  # final accuracies 0.31, 0.32, …, tuned at the main lr
+        extra = {"loss": name, "scale": 4, "dapo": False} if name == "grpo" else {"loss": name}
+        runs[name] = 0.3 + 0.01 * (1 + len(runs) - 22), extra
+    for name in ("dpo", "rpo"):
+        runs[f"{name} fpa"] = 0.6 if name == "dpo" else 0.2, {"loss": name, "lam": 2.0, "target": "both"}
+    for name, scale in (("fpa", 0.25), ("grpo", 4)):
+        runs[f"timed {name}"] = 0.5, {**runs[name][1], "scale": scale, "eval_every": 10}
+    for seed in range(5):
+        for name, (final, config) in runs.items():
+            fake_run(tmp_path / f"{name}-{seed}", seed, final, **config)
+        rows = "step,a,b,g,cosine,share_g_above_a\n0,1,2,-1,-0.2,0.1\n5,1,2,1,0.4,0.3\n10,1,2,1,0.7,0.5\n"
+        (tmp_path / f"off_rl-{seed}" / "entanglement.csv").write_text(rows)
+        add_extrapolation(tmp_path / f"early-{seed}", 0.5, 0.1)
+        add_extrapolation(tmp_path / f"middle-{seed}", 2.0, 0.1)
+    for seed in results.TUNING_SEEDS:
+        for name in ("off_rl", "fpa", "sft", "dpo", "rpo", "kto", "simper", "grpo", "dpo fpa", "rpo fpa"):
+            for lr, better in ((1e-3, 0.5), (1e-4, 0.4)):
+                fake_run(tmp_path / f"{name}-{seed}-{lr}", seed, better, **{**runs[name][1], "lr": lr})
+        worse = {**runs["dpo fpa"][1], "lam": 5.0}
+        fake_run(tmp_path / f"worse-{seed}", seed, 0.3, **worse)
+    for seed in range(5):  # would be better than λ = 2, but tuning did not choose it
+        fake_run(tmp_path / f"worse-{seed}", seed, 0.99, **worse)
+    runs = results.read_runs(results.run_folders(tmp_path))
+    table = claims.claims(runs)
+    bench = claims.memory_ratio().item()
+    expected = {
+        "C1": [(0.8, "> 0.5"), (0.4, "")],
+        "C2": [(0.3, "> 0"), (-0.2, ""), (0.3, ""), (0.1, "")],
+        "C3": [(-2, "< 0"), (-20, "")],
+        "C4": [(1, "> 0"), (9 - 18, "> 0"), (9, "> 0")],
+        "C5": [((1 + 0.4 / 0.7 + 0.8 / 1.8) / 3, "< 1"), (8, "> 0")],
+        "C6": [(-0.3, "< 0"), (0.3, "> 0"), (0.8, ""), (0.2, ""), (-0.6, "< 0")],
+        "C7": [(0.6, "> 0"), (0.49, "> 0"), (0.48, "> 0"), (0.47, "> 0"), (0.46, "> 0")],
+        "C8": [(0.3, "> 0"), (0.4, "> 0"), (0.6, "> 0"), (-0.2, "> 0"), (-0.1, "> 0"), (0.1, "> 0")],
+        "C9": [(0.65, "> 0"), (0.05, "> -0.05"), (-0.1, "< 0.05"), (2, ""), (6, ""), (8, "")],
+        "C10": [(0.5, "< 1"), (2, "< 1"), (2, "< 1"), (8, "< 1"), (0.25, ""), (0.125, ""), (0.1, "")],
+        "C11": [(0.29, "> 0"), (-0.12, "> 0")],
+        "C12": [(0.5, "> 0"), (0.4, "> 0"), (-10 + 12, "")],
+        "C13": [(0.5, "< 1.1"), (bench, "< 1.02")],
+        "C14": [(0.45, "> -0.05"), (1 / 8, "< 0.5"), (1 / 16, "< 0.5"), (225 / 400, "")],
+        "C15": [(0.2, "> 0"), (0.05, "> 0"), (0.15, "> 0"), (0.4, ""), (2, "")],
+        "C16": [(-0.1, "> 0"), (-0.1, "> 0")],
+        "C17": [(-0.25, "< 0"), (0.05, "> 0")],
+    }
+    assert list(table) == list(expected)
+    for name, (_, measured, names) in table.items():
+        got = [(m.values.mean().item(), f"{m.side} {m.bound:g}" if m.side else "") for m in measured]
+        assert [side for _, side in got] == [side for _, side in expected[name]], name
+        assert [mean for mean, _ in got] == pytest.approx([mean for mean, _ in expected[name]]), name
+        assert set(names) <= set(experiments.EXPERIMENTS)
+    verdicts = {name: claims.verdict(measured) for name, (_, measured, _) in table.items()}
+    mixed = {"C4", "C8", "C10", "C11", "C13"}
+    assert {name for name, words in verdicts.items() if words == "mixed"} == mixed
+    assert {name for name, words in verdicts.items() if words == "not reproduced"} == {"C16"}
+    assert set(verdicts.values()) == {"reproduced", "mixed", "not reproduced"}
+    text = claims.results(runs)
+    assert "| C16: " in text and "final accuracy, FPA − SFT: -0.100 ± " in text and "**not reproduced**" in text
+    assert "SimPER                          0.001, an end of the grid" in text
+
+
+def test_claims_without_their_runs_are_not_run(tmp_path):
+    for seed in range(2):
+        fake_run(tmp_path / f"o{seed}", seed)
+    fake_run(tmp_path / "f0", 0, **FPA)
+    table = claims.claims(results.read_runs(results.run_folders(tmp_path)))
+    verdicts = {name: claims.verdict(measured) for name, (_, measured, _) in table.items()}
+    assert {name for name, words in verdicts.items() if words != "not run"} == {"C1", "C3"}  # what Off-RL alone answers
+
+
+# --- figures
+
+
+def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
+    count = 0
+    methods = [
+        {}, FPA, {**FPA, "lam": 5.0}, {**FPA, "target": "correct"}, {**FPA, "target": "incorrect"}, {"loss": "sft"},
+        {"loss": "constant", "weight": 0.25}, {**FPA, "loss": "sharpened"}, {"loss": "grpo", "dapo": False},
+    ]  # fmt: skip
+    for seed in (0, 1):
+        for method in [*methods, {"prompts": 16}, {**FPA, "prompts": 16}, {**FPA, "lr": 1e-4}, {"steps": 20}]:
+            folder = fake_run(tmp_path / "runs" / str(count), seed, 0.5 + 0.1 * seed, **method)
+            count += 1
+            header, row = "step,a,b,g,cosine,share_g_above_a\n", "1,2,-1,-0.1,0.5\n"
+            (folder / "entanglement.csv").write_text(f"{header}0,{row}5,{row}10,{row}")
+            add_extrapolation(folder, 0.5, 0.1)
+            lines = [f"{step},0,{side},1,1 2 18,0.1 -1 0" for step in (0, 5, 10) for side in ("correct", "incorrect")]
+            (folder / "tokens.csv").write_text("\n".join(["step,pair,side,first_wrong,tokens,logratios", *lines]) + "\n")
+    plots.run([str(tmp_path / "runs"), "--to", str(tmp_path / "figures")])
+    drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert drawn == set(plots.FIGURES) and "2 seeds" in capsys.readouterr().out
+
+    runs = results.read_runs(results.run_folders(tmp_path / "runs"))
+    axes = {name: function(runs)[0].axes for name, function in plots.FIGURES.items()}
+    first, rows = axes["forecast"], [("KL", 0.5), ("Coefficients", 0.125), ("Rank correlation of coefficients", 0.1)]
+    for title, height in rows:  # at t' = (1 + lam) t, for t of 20
+        (axis,) = [axis for axis in first if axis.get_title() == title]
+        assert [line.get_ydata()[1] for line in axis.lines if len(line.get_xdata()) == 6][0] == pytest.approx(height)
+    for axis, height in zip(axes["extrapolation"], (0.5, 0.5, 2)):  # t of 20, 40, 80; rings where the test file has its hits
+        rings = [line for line in axis.lines if line.get_markersize() == 11]
+        assert {(line.get_xdata()[0], round(line.get_ydata()[0], 6)) for line in rings} == {(2, height), (3, height)}
+    grid = axes["extrapolation_map"][0].collections[0].get_array()
+    assert (
+        grid[1, 0] == pytest.approx(-1) and grid[2, 1] == pytest.approx(-1) and grid[1, 1] > 4
+    )  # log2; rows are lam of 0.5, 1, 2
+    (patch,) = axes["tokens"][1].patches
+    assert (patch.get_x(), patch.get_width()) == (0.5, 1) and not axes["tokens"][
+        0
+    ].patches  # around token 1, incorrect side only
+    curves = [container for container in axes["prompts"][0].containers if container.get_label() == "Off-RL"]
+    assert curves[0].lines[0].get_xdata().tolist() == [8, 16] and curves[0].lines[0].get_ydata() == pytest.approx([0.55, 0.55])
+    assert axes["lambda"][0].containers[0].lines[0].get_ydata() == pytest.approx([0.55] * 3)  # λ of 0, 2 and 5
+    tokens, sampled = ([line.get_xdata()[-1] for line in axis.lines][0] for axis in axes["cost"][:2])
+    assert tokens == pytest.approx(250 / 1e6) and sampled == pytest.approx(50 / 1e6)
+    drawing.plt.close("all")
+
+
+@pytest.mark.parametrize("name", plots.FIGURES)
+def test_figures_are_those_of_the_tables(name):
+    figure, chosen = plots.FIGURES[name](RUNS)
+    drawing.plt.close(figure)
+    assert Image.open(FOLDER / "figures" / f"{name}.png").text["Description"] == drawing.fingerprint(chosen)
+
+
+# --- the findings
+
+
+def test_results_md_is_that_of_the_tables(tmp_path, capsys):
+    written = (FOLDER / "results.md").read_text()
+    assert written == claims.results(RUNS) and written.count("\n| C") == 17
+    for name in experiments.EXPERIMENTS:
+        assert (name in ("tokens", "online")) != (f"python -m study.experiments {name}\n" in written)
+    shutil.copytree(FOLDER, tmp_path / "tables", ignore=shutil.ignore_patterns("results.md"))
+    claims.run([str(tmp_path / "tables")])
+    assert capsys.readouterr().out == f"results       {tmp_path / 'tables' / 'results.md'}\n"
+    assert (tmp_path / "tables" / "results.md").read_text() == written
+
+
+def test_each_loss_ran_at_its_best_learning_rate():
+    tuned = results.tuned(RUNS)
+    assert tuned.keys() >= {(loss, False) for loss in ("off_rl", "simper", "dpo", "rpo", "kto", "sft", "grpo")}
+    assert tuned.keys() == results.best_settings(RUNS).keys()
+    for runs in tuned.values():
+        assert [run.config["seed"] for run in runs] == [0, 1, 2, 3, 4]
+
+
+def test_the_constant_is_the_average_coefficient_of_fpa():
+    runs = results.where(MAIN, loss="fpa", lam=2.0, target="incorrect")
+    assert experiments.WEIGHT == float(f"{claims.per_seed(runs, claims.average_coefficient).mean():.2g}")
+
+
+def log_ratios(lr, column="kl"):
+    """{(t, lam): log of a distance's ratio, future over present policy, at t' = (1 + lam) t (seeds,)}."""
+    runs = results.where(results.varying(RUNS, "lr"), loss="fpa", lam=2.0, target="both", lr=lr)
+    tables = [results.extrapolated(run, column) for run in results.with_table(runs, "extrapolation")]
+    assert len(tables) == 5
+    keys = [(t, later, lam) for t, later, lam in tables[0] if later == (1 + lam) * t]
+    return {(t, lam): np.log([np.divide(*table[t, later, lam]) for table in tables]).mean() for t, later, lam in keys}
+
+
+def test_where_the_extrapolation_is_a_forecast():
+    slow, fast = log_ratios(2e-5), log_ratios(2e-4)
+    assert all(value < 0 for (t, lam), value in slow.items() if t <= 160 and lam <= 2)
+    assert all(value < 0 for (t, lam), value in fast.items() if t == 10 and lam < 2)
+    assert all((value < 0) <= (t <= 20 and lam < 2) for (t, lam), value in fast.items())
+    assert all(value > 0 for (t, _), value in fast.items() if t >= 40)
+    sampled = log_ratios(2e-4, "token_error")
+    assert sampled[30, 1.0] < 0 < fast[30, 1.0]
+    assert any(value < 0 for (t, lam), value in sampled.items() if t >= 40 and lam == 0.5)
+    assert 80 < np.exp(fast[320, 2]) < 130
+
+
+GRID = (5e-5, 2e-4, 8e-4, 3.2e-3)
+
+
+def clear(ours, theirs):
+    """Whether the final accuracies differ by more than their interval."""
+    mean, half = results.mean_and_interval(claims.paired(ours, theirs, results.final))
+    return abs(mean) > half
+
+
+TABLE = {name: measured for name, (_, measured, _) in claims.claims(RUNS).items()}
+
+
+def side_of_zero(name, number):
+    """+1 or -1 where the whole interval of a claim's number is on one side of zero, else 0."""
+    mean, half = results.mean_and_interval(TABLE[name][number].values)
+    return np.sign(mean) * (abs(mean) > half)
+
+
+def test_the_controls():
+    assert [side_of_zero("C15", i) for i in range(3)] == [1, -1, 1]
+    assert all(abs(TABLE["C15"][i].values.mean()) < 0.05 < TABLE["C15"][0].values.mean() for i in (1, 2))
+    for run in results.where(MAIN, loss="constant"):
+        assert run.log["accuracy"].max() > results.final(run) + 0.05
+
+
+def test_rows_and_lambda():
+    assert TABLE["C9"][1].values.mean() > 0 and TABLE["C9"][1].supports()
+    runs = {lam: results.where(MAIN, loss="fpa", lam=lam, target="both") for lam in (0.5, 1.0, 2.0, 5.0, 10.0)}
+    finals = {lam: claims.per_seed(some, results.final) for lam, some in runs.items()}
+    assert max(finals, key=lambda lam: finals[lam].mean()) == 5
+    for lam, worse in ((0.5, True), (1.0, True), (5.0, False), (10.0, False)):
+        assert clear(runs[lam], runs[2.0]) == worse and (not worse or finals[lam].mean() < finals[2.0].mean())
+    for run in results.where(MAIN, loss="fpa", target="correct"):
+        assert results.final(run) == 0 and run.log["grad_norm"][-1] < 1e-6
+
+
+def test_greedy_accuracy():
+    for run in MAIN:
+        start, end = run.log["accuracy_greedy"][0], run.log["accuracy_greedy"][-1]
+        assert start == 1 and end > {"sft": 0.97, "grpo": 0.99}.get(run.config["loss"], -1)
+        assert end < 0.98 or run.config["loss"] not in ("off_rl", "fpa", "constant", "sharpened")
+    assert side_of_zero("C16", 0) == -1
+
+
+def test_each_at_its_best_learning_rate():
+    assert [side_of_zero("C7", i) for i in range(5)] == [1, 1, 1, 0, 1]  # Off-RL, DPO, RPO, KTO, SimPER
+    assert [side_of_zero("C11", i) for i in range(2)] == [1, 1] and side_of_zero("C16", 1) == 0
+    finals = {family: claims.per_seed(runs, results.final).mean() for family, runs in results.tuned(RUNS).items()}
+    del finals["grpo", False]
+    best = max(finals, key=finals.get)
+    assert best == ("rpo", True)
+    for other in (("pessimistic", False), ("sft", False), ("kto", False), ("fpa", True)):
+        assert not clear(results.tuned(RUNS)[best], results.tuned(RUNS)[other])
+    tuning = results.by(results.where(RUNS, seed=results.TUNING_SEEDS), lambda run: (results.family(run), run.config["lr"]))
+    assert all(results.final(run) == 0 for lr in GRID for run in tuning[("a_star_po", False), lr])
+    final = results.tuned(RUNS)["a_star_po", False], results.tuned(RUNS)["reinforce", False]
+    assert all(results.final(run) == 0 for run in final[0]) and all(results.final(run) < 0.15 for run in final[1])
+    assert {results.best_settings(RUNS)["dpo", form][1] for form in (False, True)} == {min(GRID)}
+    off_rl = results.by(results.where(results.varying(RUNS, "lr"), loss="off_rl"), lambda run: run.config["lr"])
+    assert results.best_settings(RUNS)["off_rl", False][1] == 3.2e-3
+    means = {lr: claims.per_seed(runs, results.final).mean() for lr, runs in off_rl.items()}
+    assert min(means, key=means.get) == 2e-4 and max(means, key=means.get) == 8e-4
+    assert {lr for lr in off_rl if clear(off_rl[lr], off_rl[2e-4])} == {5e-5, 2.5e-5, 8e-4}
+    assert claims.per_seed(off_rl[3.2e-3], results.final).std(ddof=1) > 0.2
+    difference = claims.paired(results.tuned(RUNS)["fpa", True], off_rl[8e-4], results.final)
+    assert results.mean_and_interval(difference)[0] - results.mean_and_interval(difference)[1] > 0.1
+
+
+def test_online():
+    best = results.tuned(RUNS)
+    curves = []
+    for family in (("fpa", True), ("grpo", False)):
+        costs, accuracies = zip(*((results.tokens(run.log), run.log["accuracy"]) for run in best[family]))
+        curves.append((np.mean(costs, 0), np.mean(accuracies, 0)))
+    (cost, fpa), grpo = curves
+    assert (np.interp(cost, *grpo) > fpa - 0.005).all()
+    assert 0.45 < TABLE["C14"][2].values.mean() < 0.55
+    assert side_of_zero("C14", 0) == -1 and not TABLE["C14"][0].supports() and TABLE["C14"][1].supports()
+
+
+def test_the_number_of_prompts():
+    assert [side_of_zero("C17", i) for i in range(2)] == [-1, 1]
+    few, many = (results.where(results.varying(RUNS, "prompts"), prompts=prompts) for prompts in (256, 4096))
+    assert all(results.final(run) < run.log["accuracy"][0] - 0.1 for run in results.fpa_runs(few))
+    for run, other in zip(results.fpa_runs(few), results.where(few, loss="sft")):
+        assert run.log["accuracy"][0] < run.log["accuracy"].max() < other.log["accuracy"].max()
+    sft = [claims.per_seed(results.where(runs, loss="sft"), results.final).mean() for runs in (few, MAIN, many)]
+    assert 0 < sft[1] - sft[0] < 0.05 and 0 < sft[2] - sft[1] < 0.02
+    for runs in (few, MAIN, many):
+        off_rl, constant = (claims.per_seed(results.where(runs, loss=loss), results.final) for loss in ("off_rl", "constant"))
+        fpa, others = claims.per_seed(results.fpa_runs(runs), results.final), results.where(runs, loss=("fpa", "sft"))
+        assert off_rl.mean() < constant.mean() < fpa.mean() <= max(map(results.final, others))
+
+
+def test_prolonged_training():
+    longest = results.where(RUNS, steps=4000)
+    off_rl, fpa = (results.where(longest, loss=loss) for loss in ("off_rl", "fpa"))
+    assert [run.config["seed"] for run in off_rl] == [run.config["seed"] for run in fpa] == [0, 1, 2, 3, 4]
+    for baseline, ours in zip(off_rl, fpa):
+        best, start, end = baseline.log["accuracy"].max(), baseline.log["accuracy"][0], results.final(baseline)
+        assert best > start > end and 0 < claims.fall(ours) < claims.fall(baseline)
