@@ -36,7 +36,8 @@ def fpa_loss(logits, ref_logits, tokens, mask, reward, lam=2.0):
     Raises ValueError for other rewards and for a row without a completion token, AssertionError for shapes that differ.
 
     To use it: start the training at the frozen model, so that the first step is Off-RL's. Half of each batch here is correct.
-    Compute both logits in float32, since lam magnifies rounding. Watch accuracy and the correct rows' log-ratio, not the loss.
+    Compute ref_logits under torch.no_grad(), and both in float32, since lam magnifies rounding. Watch the accuracy and the
+    log-ratio of correct rows, not the loss.
     """
     length = checked_length(mask, reward)
     logp_sum = token_logps(logits, tokens, mask).sum(-1)  # what the policy thinks of each answer now
@@ -61,7 +62,7 @@ def future_logits(logits, ref_logits, lam):
 
     It is computed as h_theta + lam (h_theta - h_ref), so that lam = 0 gives h_theta back exactly.
     """
-    assert logits.shape == ref_logits.shape, (logits.shape, ref_logits.shape)
+    assert logits.shape == ref_logits.shape, {"logits": tuple(logits.shape), "ref_logits": tuple(ref_logits.shape)}
     logits, ref_logits = logits.detach().float(), ref_logits.detach().float()
     return logits + lam * (logits - ref_logits)
 
@@ -72,17 +73,19 @@ def token_logps(logits, tokens, mask):
     logits (B, T, V) as the model gave them for tokens (B, T); mask (B, T) is True on completion tokens (EOS included).
     Returns (B, T-1) float32: entry t is log pi(tokens[t+1] | tokens[:t+1]), and 0 where the mask is False.
     """
-    assert logits.shape[:2] == tokens.shape == mask.shape, (logits.shape, tokens.shape, mask.shape)
+    shapes = {"logits": tuple(logits.shape), "tokens": tuple(tokens.shape), "mask": tuple(mask.shape)}
+    assert logits.shape[:2] == tokens.shape == mask.shape, shapes
+    ignored = ~mask[:, 1:].bool()
     logps = logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
-    logps = logps.gather(-1, tokens[:, 1:, None])[..., 0]  # (B, T-1)
-    return logps.masked_fill(~mask[:, 1:].bool(), 0.0)
+    logps = logps.gather(-1, tokens[:, 1:].masked_fill(ignored, 0)[..., None])[..., 0]  # (B, T-1)
+    return logps.masked_fill(ignored, 0.0)
 
 
 def checked_length(mask, reward):
     """|y| (B,), once the rewards are checked: a reward of 0 would silently drop its row. Raises ValueError."""
-    assert reward.shape == mask.shape[:1], (reward.shape, mask.shape)
+    assert reward.shape == mask.shape[:1], {"reward": tuple(reward.shape), "mask": tuple(mask.shape)}
     length = mask[:, 1:].sum(-1)
-    if not (reward.abs() == 1).all():
+    if not (reward * reward == 1).all():
         raise ValueError(f"every reward must be +1 or -1; turn rewards of 0 and 1 into 2 * reward - 1: {reward.tolist()}")
     if not length.all():
         raise ValueError("a row has no completion token: mask must be True somewhere after the first position")

@@ -9,6 +9,8 @@ The command also draws the figures of study/figures.py. `python -m study.claims`
 import os
 from pathlib import Path
 
+import numpy as np
+
 from plumbing.files import printable_path
 from plumbing.flags import NO_DEFAULT, command, command_line
 from study import drawing, figures
@@ -49,8 +51,11 @@ def panel_coefficient(axis, methods):
 
 
 def panel_ratio(axis, methods):
+    def ratio(log):
+        return log["pihat_incorrect"] / np.maximum(log["pi_incorrect"], 1e-300)  # a collapsed policy's is 0
+
     for colour, _, runs in coloured(methods):
-        draw(axis, runs, lambda log: log["pihat_incorrect"] / log["pi_incorrect"], colour, CORRECTNESS["incorrect"])
+        draw(axis, runs, ratio, colour, CORRECTNESS["incorrect"])
     axis.set(title="Brake on incorrect trajectories", ylabel=f"mean {PIHAT} / mean {PI}", ylim=(0, 1.1))
 
 
@@ -126,11 +131,12 @@ def draw_figures(runs, to):
 
 def run(argv=None):
     """The command: print the summary and draw the figures, or one line on stderr and exit code 2."""
-    parser = command_line(__doc__.splitlines()[0])
+    parser = command_line(__doc__.splitlines()[0], prog="plots.py")
     add = parser.add_argument
     add("runs", nargs="?", default=Path("runs"), type=printable_path, help="folder whose runs are drawn")
     add("--to", type=printable_path, metavar="FOLDER", help=f"folder of the figures (default: RUNS/figures){NO_DEFAULT}")
-    add("--html", action="store_true", help=f"also write report.html, a page to explore; needs plotly{NO_DEFAULT}")
+    add("--html", action="store_true", help=f"also write report.html, a page to explore; needs plotly, and runs "
+        f"trained with --diagnostics{NO_DEFAULT}")
     args = parser.parse_args(argv)
     to = args.to or args.runs / "figures"
     if os.path.lexists(to) and not os.path.isdir(to):

@@ -233,6 +233,7 @@ def parse_args(argv=None):
     """The flags, every one checked before anything is written; a wrong one is one line on stderr and exit code 2."""
     parser = flags.command_line(
         "Offline RL on synthetic arithmetic: Off-RL, Future Policy Approximation (FPA) and their neighbours.",
+        prog="train.py",
         epilog="Flags shown with several values take several, and then the runs are their product.",
     )
     flags.add_method_flags(parser, LOSSES, HYPERPARAMETERS, default=["off_rl", "fpa"])
@@ -244,6 +245,8 @@ def parse_args(argv=None):
         f"this loss and one of its FPA form do to a pair of rollouts, token by token{flags.NO_DEFAULT}")  # fmt: skip
     args = parser.parse_args(argv)
     if args.explain:
+        if args.loss is not parser.get_default("loss"):
+            parser.error(f"argument --loss: --explain {args.explain} names the loss already; leave --loss out")
         args.loss, args.lam = [args.explain], args.lam or [2.0]
     check_args(parser, args)
     return args
@@ -272,6 +275,8 @@ def run(argv=None):
     kept = "finished stages and runs, and checkpoints of the others, are kept; the same command goes on from there"
     with flags.command("train.py", kept):
         args = parse_args(argv)
+    if args.force or not args.resume:
+        kept = kept.replace("same command", "same command without --force and --no-resume")
     with flags.command("train.py", kept, args.out):
         if args.explain:
             importlib.import_module("study.explain").explain(args)  # which imports this file

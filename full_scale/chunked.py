@@ -32,11 +32,13 @@ def chunked_logps(hidden, head, targets, ref_hidden=None, ref_head=None, lam=0.0
     hidden (N, D): the states that predict the targets (N,), token ids below V. head (V, D): the output weights. ref_hidden and
     ref_head: the same of the reference policy, of any width. The gradient flows from the first result to hidden and head; the
     second result is detached. Without a reference the second result is the first one.
-    Raises ValueError where shapes disagree, or where lam is not 0 and the reference is missing.
+    Raises ValueError where shapes disagree, where there is no position, or where lam is not 0 and the reference is missing.
     """
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or targets.shape != hidden.shape[:1]:
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in (("hidden", hidden), ("head", head), ("targets", targets)))
         raise ValueError(f"hidden must be (N, D), head (V, D) and targets (N,), not {shapes}")
+    if not len(hidden):
+        raise ValueError("hidden and targets hold no position")
     if (ref_hidden is None) != (ref_head is None) or (lam and ref_hidden is None):
         raise ValueError("the future policy needs ref_hidden and ref_head; leave both out, with lam=0, where it is not wanted")
     if ref_hidden is not None:
@@ -74,8 +76,9 @@ class HeadLogps(torch.autograd.Function):
             grad = -(head_logits(hidden[rows], head) - normalisers[rows, None]).exp_()  # of logits: 1[target] - softmax
             grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
             grad = (grad * upstream[rows, None]).to(head.dtype)
-            hidden_grad[rows] = grad @ head
-            head_grad += grad.T @ hidden[rows]
+            with torch.autocast(hidden.device.type, enabled=False):
+                hidden_grad[rows] = (grad @ head).to(hidden.dtype)
+                head_grad += grad.T @ hidden[rows].to(head.dtype)
         return hidden_grad, head_grad.to(head.dtype), None, None, None, None
 
 
@@ -86,9 +89,10 @@ def chunks(count):
 
 def head_logits(hidden, head):
     """Logits (N, V) in float32 from hidden states (N, D) and a head (V, D) of any type; FPA magnifies their rounding."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, head.T, out_dtype=torch.float32)
-    return hidden.float() @ head.float().T
+    with torch.autocast(hidden.device.type, enabled=False):  # which would round them to bfloat16
+        if hidden.is_cuda and hidden.dtype == head.dtype != torch.float32:
+            return torch.mm(hidden, head.T, out_dtype=torch.float32)
+        return hidden.float() @ head.float().T
 
 
 def extrapolated(logits, ref_logits, lam):

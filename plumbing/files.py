@@ -43,7 +43,7 @@ def one_line(error, path):
 
 def printable_path(text):
     """An argparse type: a path that fits into one line, `~` expanded (a shell leaves it in --out=~/x). Raises ValueError."""
-    if not text.isprintable():
+    if not text.strip() or not text.isprintable():
         raise ValueError(text)
     try:
         return Path(text).expanduser()

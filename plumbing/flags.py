@@ -22,17 +22,20 @@ NO_DEFAULT = "%(default).0s"  # keeps argparse from adding a default to a flag's
 # --- values
 
 
-def spelling(text):
+def spelling(text, kind, accepts):
     """The spelling of a number or of several that works, in words, where somebody would write `text` for it."""
+    words = []
     if span := re.fullmatch(r"(\d+)(?:-|\.\.|:)(\d+)", text):
         first, last = map(int, span.groups())
-        if first < last < first + 100:
-            return f"; write {' '.join(map(str, range(first, last + 1)))}"
-    if "," in text.strip(","):
-        return f"; write {' '.join(text.replace(',', ' ').split())}"
-    with contextlib.suppress(ValueError, OverflowError):
-        if float(text) == int(float(text)) and not text.isdigit():
-            return f"; write {int(float(text))}"
+        words = range(first, last + 1) if first < last < first + 100 else []
+    elif "," in text.strip(","):
+        words = text.replace(",", " ").split()
+    else:
+        with contextlib.suppress(ValueError, OverflowError):
+            words = [int(float(text))] if kind is int and float(text) == int(float(text)) else []
+    with contextlib.suppress(ValueError):
+        if words and all(accepts(kind(word)) for word in words):
+            return f"; write {' '.join(map(str, words))}"
     return ""
 
 
@@ -45,7 +48,7 @@ def checked(kind, accepts, described):
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {described}, not {text!r}{spelling(text)}")
+            raise argparse.ArgumentTypeError(f"must be {described}, not {text!r}{spelling(text, kind, accepts)}")
         return value + 0  # -0.0 is 0.0
 
     return parse
@@ -67,9 +70,17 @@ zero_or_temperature = checked(float, lambda value: value == 0 or value >= 1e-6, 
 share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
+def bounded(at_least, above):
+    """An argparse type: a finite float of at least, or above, a bound; None is no bound."""
+    bounds = {"of at least": at_least, "above": above}
+    words = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+    low, beyond = (-math.inf if bound is None else bound for bound in bounds.values())
+    return checked(float, lambda value: low <= value and beyond < value, f"a finite number {words}".strip())
+
+
 def nearest(word, names):
     """`; did you mean NAME?` where one of the names is near, else nothing."""
-    near = difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), list(names), n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -116,13 +127,28 @@ class Parser(argparse.ArgumentParser):
             lacks = unknown[1].lower().replace("-", "_") in self.losses
             message += f"; did you mean --loss {unknown[1]}?" if lacks else nearest(unknown[1], self._option_string_actions)
         if misspelt := re.match(r"argument [^:]*: invalid \w+ value: (.*)", message):  # printable_path
-            message = f"{message.split(': invalid')[0]}: not a path that one line can show: {misspelt[1]}"
+            message = f"{message.split(': invalid')[0]}: empty, or not a path that one line can show: {misspelt[1]}"
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows a default as it would be typed, and none where there is none."""
+
+    def _expand_help(self, action):
+        default = action.default
+        if isinstance(default, list):
+            action.default = " ".join(map(str, default))
+        text = super()._expand_help(action)
+        action.default = default
+        return text
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def command_line(description, **words):
     """A `Parser`; `words` are argparse's."""
-    return Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **words)
+    return Parser(description=description, formatter_class=Help, **words)
 
 
 @contextlib.contextmanager
@@ -160,18 +186,16 @@ def add_method_flags(parser, losses, hyperparameters, default):
     """The flags that choose the method; `methods` reads them. Every one takes several values."""
     add = parser.add_argument_group("method").add_argument
     parser.losses = tuple(losses)
-    add("--loss", nargs="+", default=default, type=one_of(losses), metavar="NAME", help=f"{', '.join(losses)}")
+    labels = {row.label.lower().replace("-", "_"): name for name, row in losses.items()}
+    add("--loss", nargs="+", default=default, type=one_of(losses, labels), metavar="NAME", help=f"{', '.join(losses)}")
     for name, flag in hyperparameters.items():
         having = users(name, losses)
         defaults = {loss: losses[loss].defaults[name] for loss in having if name in losses[loss].defaults}
         if isinstance(next(iter(defaults.values())), bool):
             add(f"--{name}", action="store_true", default=None, help=f"{', '.join(having)}: {flag.help}{NO_DEFAULT}")
             continue
-        if flag.choices:
-            kind = one_of(flag.choices)
-        else:
-            kind = finite if flag.at_least is None and flag.above is None else positive if flag.above == 0 else not_negative
-        words = {", ".join(f"{loss} {value}" for loss, value in defaults.items())}
+        kind = one_of(flag.choices) if flag.choices else bounded(flag.at_least, flag.above)
+        words = {", ".join(f"{loss} {value}".removesuffix(".0") for loss, value in defaults.items())}
         shown = f" (default: {words.pop()}{', else 0' if name == 'lam' else ''}){NO_DEFAULT}"
         metavar = "ROWS" if flag.choices else "X"
         add(f"--{name}", nargs="+", type=kind, metavar=metavar, help=f"{', '.join(having)}: {flag.help}{shown}")
@@ -287,14 +311,19 @@ def add_machine_flags(parser):
 
 def check_machine_flags(parser, args):
     """Settle `--device auto`, and refuse a device that is not there and an output folder that cannot be written to."""
+    check_folder(parser, "--out", args.out)
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if args.device == "auto":
         args.device = next(name for name in ("cuda", "mps", "cpu") if available[name])
     if not available[args.device]:
         parser.error(f"argument --device: there is no {args.device} device on this machine")
+
+
+def check_folder(parser, flag, path):
+    """Refuse an output folder that cannot be made or written to."""
     try:
-        existing = next(folder for folder in (args.out, *args.out.absolute().parents) if folder.exists())
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     except OSError as error:  # a name that is too long, a folder that one may not enter
-        parser.error(f"argument --out: {error.strerror}: {args.out}")
+        parser.error(f"argument {flag}: {error.strerror}: {path}")
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        parser.error(f"argument --out: {existing} is not a folder that can be written to")
+        parser.error(f"argument {flag}: {existing} is not a folder that can be written to")

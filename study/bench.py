@@ -1,7 +1,7 @@
 """Time and memory against the machine's own limit and against peers, and how they grow.
 
     python -m study.bench           # everything, some thirteen minutes; prints the tables and writes them to docs/bench.md
-    python -m study.bench --quick   # within a minute: the toy's size only, few rounds, a main job of seconds; prints only
+    python -m study.bench --quick   # a minute or two: the toy's size only, few rounds, a main job of seconds; prints only
 
 What is compared within a process is timed in turn, round after round. A ratio is the median over the rounds, so a machine that
 slows down slows both. Peers are `pip install transformers trl`. Left out: GPUs, except for full_scale/'s own steps.
@@ -729,7 +729,7 @@ def main(args):
 def run(argv=None):
     """The command: a wrong flag, or Ctrl-C, is one line and an exit code."""
     parser = command_line(__doc__.splitlines()[0], prog="python -m study.bench")
-    parser.add_argument("--quick", action="store_true", help="within a minute: the toy's size only, few rounds, no sweeps")
+    parser.add_argument("--quick", action="store_true", help="a minute or two: the toy's size only, few rounds, no sweeps")
     parser.add_argument("--only", nargs="+", choices=NOTES, metavar="SECTION", help="measure these; the page keeps "
         f"the others{NO_DEFAULT}")  # fmt: skip
     parser.add_argument("--to", type=Path, metavar="FILE", help="where the tables go "

@@ -12,7 +12,7 @@ import sys
 
 import train
 from plumbing.files import digest, locked, printable_path, write_csv
-from plumbing.flags import command, command_line, natural, nearest
+from plumbing.flags import check_folder, command, command_line, natural, nearest
 from study.results import METHOD, RENAMED, TABLES, TUNING_SEEDS, by, read_runs, read_table, read_tables, run_folders, table_rows
 
 FIVE, TUNED = "--seed 0 1 2 3 4", f"--seed {' '.join(map(str, TUNING_SEEDS))}"
@@ -108,7 +108,7 @@ def listing(folder):
     for name, experiment in members().items():
         count, time = sum(run in runs for run in experiment), hours(experiment, runs)
         lines.append(f"{name:16}{len(experiment):>6}{count:>6}{'?' if math.isnan(time) else f'{time:.1f}':>8}")
-    return "\n".join([*lines, f"held: by {folder}. hours: of one CPU thread each; runs at once divide them."])
+    return "\n".join([*lines, f"held: runs that {folder} has already. hours: on one CPU thread; two threads take half."])
 
 
 # --- gathering
@@ -209,8 +209,11 @@ def run(argv=None):
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in EXPERIMENTS:
-            hint = nearest(name, EXPERIMENTS) or f"; the experiments are {', '.join(EXPERIMENTS)}"
+            split = f"; write {' '.join(name.replace(',', ' ').split())}" if "," in name else ""
+            hint = split or nearest(name, EXPERIMENTS) or f"; the experiments are {', '.join(EXPERIMENTS)}"
             parser.error(f"no experiment {name!r}{hint}")
+    check_folder(parser, "--out", args.out)
+    check_folder(parser, "--to", args.to)
     kept = "finished runs, and checkpoints of the others, are kept; the same command goes on from there"
     with command(parser.prog, kept, args.out):
         for name in args.names:

@@ -161,7 +161,7 @@ def distinct(readers):
                 raise ValueError("another folder holds a run of the same settings and seed")
             runs[key] = run
         except ValueError as error:
-            print(f"plots.py: left out {folder}: {error}", file=sys.stderr)
+            print(f"left out {folder}: {error}", file=sys.stderr)
     return sorted(runs.values(), key=order)
 
 
@@ -213,6 +213,8 @@ def read_tables(root):
         configs = {row["id"]: config_of(row) for row in table_rows(root / "runs.csv")}
     except DAMAGE as error:
         raise UserError(f"{root / 'runs.csv'}: damaged ({error})") from None
+    if not (root / "curves.csv").is_file():
+        raise UserError(f"{root / 'curves.csv'}: no such file")
     curves, *tables = (
         {run: columns(rows) for run, rows in read_table(root / f"{name}.csv").items()} for name in ("curves", *TABLES)
     )

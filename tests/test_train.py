@@ -1,5 +1,6 @@
 """train.py: the real command on a tiny setting, its files, its caches, its refusals."""
 
+import argparse
 import csv
 import dataclasses
 import json
@@ -405,6 +406,8 @@ SPELLINGS = [  # what somebody types first, and what the one line of the answer 
     ("--steps 1e3", "write 1000"),
     ("--target both,incorrect", "write both incorrect"),
     ("--explain grpo", "off_rl, fpa"),
+    ("--explain fpa --loss dpo", "leave --loss out"),
+    ("--out=", "--out"),
     ("--loss dpo --target incorrect", "try: python train.py --loss dpo --target incorrect --out OUT --lam 2"),
     ("--loss grpo --rollouts 1", "try: python train.py --loss grpo --out OUT --rollouts 8"),
 ]
@@ -417,6 +420,32 @@ def test_a_wrong_spelling_gets_the_one_that_works(words, hint, tmp_path, capsys,
     assert code == 2 and hint.replace("OUT", str(tmp_path / "out")) in error and error.count("\n") == 1
     if "try: " in error:
         train.parse_args(error.strip().split("try: python train.py ")[1].split())  # it works
+
+
+@pytest.mark.parametrize("words", ["--lam=-1", "--jobs -1", "--lr 1e9", "--steps 1e300", "--seed 5-2", "--lr 1,x", "extra"])
+def test_no_hint_is_better_than_one_that_is_refused_again(words, tmp_path, capsys):
+    code, error = refusal(train.run, [*words.split(), "--out", tmp_path / "out"], capsys)
+    assert code == 2 and "write" not in error and "did you mean" not in error
+
+
+def test_a_hyperparameters_bounds_are_its_flags(capsys):
+    for at_least, above, good, bad in ((1, None, 1.0, 0.9), (None, 3, 3.1, 3.0), (0, 0, 0.1, 0.0), (None, None, -5.0, None)):
+        parse = flags.bounded(at_least, above)
+        assert parse(str(good)) == good
+        if bad is not None:
+            with pytest.raises(argparse.ArgumentTypeError, match="must be a finite number (of at least|above)"):
+                parse(str(bad))
+
+
+def test_help_shows_defaults_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        train.run(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("(default: off_rl fpa)", "(default: 1024)", "(default: 0)", "fpa 2,", "(default: runs)"):
+        assert default in text
+    assert "None" not in text and "[" not in text.split("options:")[1].replace("[X ...]", "").replace("[N ...]", "").replace(
+        "[NAME ...]", ""
+    ).replace("[ROWS ...]", "")
 
 
 def test_loss_names_in_any_case_and_with_hyphens():

@@ -58,6 +58,27 @@ def test_the_extrapolation_is_that_of_losses(lam):
     assert torch.equal(extrapolated(logits, ref_logits, lam), future_logits(logits, ref_logits, lam))
 
 
+def test_autocast_does_not_round_the_logits():
+    g = torch.Generator().manual_seed(0)
+    hidden, ref_hidden, head = (torch.randn(n, 64, generator=g) for n in (5, 5, 1000))
+    targets = torch.arange(5)
+    plain = chunked_logps(hidden, head, targets, ref_hidden, head, 2.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = chunked_logps(hidden, head, targets, ref_hidden, head, 2.0)
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(plain, rounded))
+
+
+@pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_hidden_states_and_head_may_be_of_two_types(types):
+    hidden, head = (torch.randn(n, 8).to(dtype).requires_grad_() for n, dtype in zip((3, 11), types))
+    chunked_logps(hidden, head, torch.arange(3))[0].sum().backward()
+    assert (hidden.grad.dtype, head.grad.dtype) == types
+    plain = [x.detach().float().requires_grad_() for x in (hidden, head)]
+    (plain[0] @ plain[1].T).log_softmax(-1)[torch.arange(3), torch.arange(3)].sum().backward()
+    for ours, theirs in zip((hidden, head), plain):
+        torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=0.05, atol=0.05)
+
+
 def test_shapes_that_disagree_are_refused():
     hidden, head, targets = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
     with pytest.raises(ValueError, match=r"head \(V, D\).* not hidden \[3, 4\], head \[4, 5\]"):

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import hypothesis
 import pytest
@@ -23,7 +25,7 @@ from full_scale.load_hf import empty_model, find_tensors
 from full_scale.load_hf import gpt_config as published_config
 from model import GPTConfig
 from plumbing import files, keeper
-from study import results
+from study import experiments, results
 from toy_math.problems import Problem, read_problem, verify, write_trace
 from toy_math.rollouts import pack, read_rows
 from toy_math.tokenizer import ALPHABET, decode, encode
@@ -303,7 +305,7 @@ def test_bad_logs_are_named(change, message, finished, tmp_path, capsys):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     code, error = refusal(plots.run, [tmp_path / "runs", "--to", tmp_path / "figures"], capsys)
     lines = error.splitlines()
-    assert code == 2 and message in lines[-1] and all(line.startswith("plots.py: left out ") for line in lines[:-1])
+    assert code == 2 and message in lines[-1] and all(line.startswith("left out ") for line in lines[:-1])
     assert len(lines) == 1 + (bool(change) and "version" not in message) and not (tmp_path / "figures").exists()
 
 
@@ -311,6 +313,25 @@ def test_bad_logs_are_named(change, message, finished, tmp_path, capsys):
 def test_bad_arguments_of_toy_math(argument):
     result = command("toy_math", *argument.split(), program="-m")
     assert result.returncode == 2 and argument.split()[0] in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("words", ["-m toy_math", "-m study.experiments"])
+def test_output_that_goes_nowhere(words):
+    for end, code, lines in (("> /dev/full", 2, 1), ("| head -n 1 > /dev/null; exit ${PIPESTATUS[0]}", 0, 0)):
+        done = subprocess.run(["bash", "-c", f"{sys.executable} {words} {end}"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code and done.stderr.count("\n") == lines, done.stderr
+
+
+def test_a_table_that_is_gone_or_a_folder_that_is_a_file_is_named_before_any_work(tmp_path, capsys):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    (tmp_path / "results" / "curves.csv").unlink()
+    code, error = refusal(plots.run, [tmp_path / "results"], capsys)
+    assert code == 2 and error == f"plots.py: error: {tmp_path / 'results' / 'curves.csv'}: no such file\n"
+    (tmp_path / "file").touch()
+    for flag in ("--to", "--out"):
+        code, error = refusal(experiments.run, ["tokens", flag, tmp_path / "file"], capsys)
+        assert code == 2 and f"argument {flag}: {tmp_path / 'file'} is not a folder" in error and error.count("\n") == 1
 
 
 # --- no way to run a stranger's code
