@@ -1,8 +1,8 @@
 """The losses: Future Policy Approximation (FPA, arXiv 2509.19893) whole and copyable, then its neighbours, then one table.
 
-`fpa_loss` is for you to copy, with `future_logits`, `token_logps` and `checked_length` below it. train.py uses `fpa`, the same
-gradient from log-probabilities. The rest of the file serves every loss alike. With reward r = +1 (correct) or -1 (incorrect)
-every offline loss has a gradient of one form,
+`fpa_loss` is for you to copy, with `future_logits`, `token_logps` and `checked_length` below it. train.py gets its gradient
+from `objective`, which calls `fpa`, and `surrogate` for the other losses' FPA forms. With reward r = +1 (correct) or -1
+(incorrect) every offline loss has a gradient of one form,
 
     grad loss = - r C grad logp_sum        C >= 0 (mostly): raise correct rows, lower incorrect ones
 
@@ -53,7 +53,7 @@ def off_rl_loss(logits, tokens, mask, reward):
     """
     length = checked_length(mask, reward)
     logp_sum = token_logps(logits, tokens, mask).sum(-1)
-    weight = (logp_sum.detach() / length).exp()  # it falls only after the answer has become improbable
+    weight = (logp_sum.detach() / length).exp()  # it falls as fast as the answer; FPA's falls faster
     return -(reward * weight * logp_sum / length).mean()
 
 
@@ -68,7 +68,7 @@ def future_logits(logits, ref_logits, lam):
 
 
 def token_logps(logits, tokens, mask):
-    """Log-probability of every completion token; the one place that shifts and masks.
+    """Log-probability of every completion token; the one place that shifts logits against tokens.
 
     logits (B, T, V) as the model gave them for tokens (B, T); mask (B, T) is True on completion tokens (EOS included).
     Returns (B, T-1) float32: entry t is log pi(tokens[t+1] | tokens[:t+1]), and 0 where the mask is False.
@@ -92,7 +92,7 @@ def checked_length(mask, reward):
     return length
 
 
-# --- from log-probabilities: every loss takes (B,) tensors and returns losses and coefficients C (B,)
+# --- from log-probabilities: every loss of the table takes (B,) tensors and returns losses and coefficients C (B,)
 
 TARGETS = ("both", "correct", "incorrect")
 
@@ -117,7 +117,7 @@ def fpa(logp_sum, future_logp_sum, length, reward, target="both"):
 
 
 def fpa_form(logp_sum, reward, present, future, target="both", pairs=False):
-    """Any loss with its coefficient at the future policy: all (B,) -> a scalar to minimise, and the coefficients used (B,).
+    """A loss of C >= 0 with C at the future policy: all (B,) -> a scalar to minimise, and the coefficients used (B,).
 
     present and future are the loss's coefficients C at pi_theta and at pi_hat. With `off_rl`'s C this is FPA. `pairs`: the rows
     are pairs, and the mean is over pairs, as in DPO. The scalar is a surrogate, as `fpa_loss` is. Raises ValueError where a
@@ -182,16 +182,10 @@ def kto(logratio, reward, z0, beta=0.1, weight_correct=1.0, weight_incorrect=1.0
 def pessimistic(logratio, reward, mean_reward, beta=0.1, shift=0.0):
     """Regression of the log-ratio on a shifted advantage (Sakhi et al., arXiv 2605.28150).
 
-    (beta logratio - A)^2 with A = r - mean_reward + shift beta, mean_reward (B,) over the rows of the same prompt; the shift
+    (beta logratio - A)^2 with A = r - mean_reward + shift beta; mean_reward (B,) is over the rows of the same prompt. The shift
     as an argument of its own is our reading of the paper's shifted mean. C = 2 beta r (A - beta logratio) turns negative once
-    beta logratio has passed A. By Lagrange the minimiser over all policies, rho = pi/pi_ref, solves beta log rho + c rho = A
-    with c = beta (shift + KL(pi_ref|pi)), so rho = (beta/c) W((c/beta) e^(A/beta)), W Lambert's function (derived, with the
-    mean and the KL over the rows that the loss is averaged over).
-
-    c > 0   pessimistic: rho stays below e^(A/beta). So with shift >= 0, and somewhat below
-    c = 0   the Gibbs policy itself, pi_ref e^(A/beta), where shift = -log E[e^((r - mean_reward)/beta)]
-    c < 0   optimistic: rho passes e^(A/beta); fragile, because c cannot fall below -(beta/e) e^(-max A/beta), where W's two
-            branches meet and answers of the same reward may part
+    beta logratio has passed A. docs/method.md derives the minimiser and its constant c. c > 0 is pessimistic: it holds for
+    shift >= 0 and for slightly negative shifts. c = 0 is the Gibbs policy. c < 0 is optimistic, and fragile.
     """
     return regression(logratio, reward - mean_reward + shift * beta, reward, beta)
 
@@ -338,7 +332,7 @@ LOSSES = {
         {"beta": 0.1}, pairs=True, has_fpa_form=True),
     "rpo": Loss(rpo, "RPO", "DPO, and raise the correct row", (r"DPO's + α / \|y_w\|", "DPO's"),
         {"beta": 0.1, "alpha": 1.0}, pairs=True, has_fpa_form=True),
-    "kto": Loss(kto, "KTO", "DPO without pairs: each row against the mean log-ratio z0",
+    "kto": Loss(kto, "KTO", "DPO without pairs: each row against z0, the mean log-ratio of mismatched answers",
         ("β s(1 − s), s = σ(β(Δ_w − z0))", "β s(1 − s), s = σ(β(z0 − Δ_l))"), {"beta": 0.1}, has_fpa_form=True),
     "a_star_po": Loss(a_star_po, "A*-PO", "regress the log-ratio on reward − V*",
         ("2β(r01 − V* − βΔ_w)", "2β(V* − r01 + βΔ_l)"), {"beta": 1e-3}),

@@ -10,9 +10,9 @@ Left out against the paper: real checkpoints and benchmarks, which full_scale/ i
 
 import contextlib
 import copy
-import importlib
 import io
 import itertools
+import runpy
 import sys
 import time
 from types import SimpleNamespace
@@ -22,8 +22,8 @@ import torch
 from losses import HYPERPARAMETERS, LOSSES, future_logits, objective, token_logps
 from plumbing import flags, jobs
 from plumbing.batches import batch_order, draw_order, seeded
-from plumbing.files import UserError, digest, locked, remove_leftovers, write_json, write_tensors, write_text
-from plumbing.keeper import Keeper, OneFile, Random, adamw, update
+from plumbing.files import UserError, digest, locked, remove_leftovers, write_tensors, write_text
+from plumbing.keeper import Keeper, OneFile, Random, adamw, begin, update
 from plumbing.log import Log, Steps, environment, step_numbers
 from study.results import is_finished, read_runs, summary
 from toy_math.rollouts import evaluate, sample_groups, samples_text
@@ -53,7 +53,7 @@ def add_logps(model, b, lam=0.0):
 
 
 def train_policy(args, settings, folder, world, title=""):
-    """Train one policy with one loss, from its last checkpoint where it was interrupted. The method is between the two lines.
+    """Train one policy with one loss, from its last checkpoint if it was interrupted. The method is between the dashed lines.
 
     Writes config.json, log.csv, model.safetensors and, last, samples.txt; with --diagnostics study/diagnostics.py's tables too.
     `title` opens each line that it prints. Raises UserError, NonFiniteError, and Interrupted once a checkpoint is saved.
@@ -62,7 +62,8 @@ def train_policy(args, settings, folder, world, title=""):
     online, rollouts = LOSSES[run.loss].online, world.rollouts
     model = copy.deepcopy(world.base)
     optimizer = adamw(model, run.lr)
-    order, ids = draw_order(  # fixed before the first step: half of each batch correct, pairs where the loss wants them
+    # each step's rollouts (online: problems), fixed before the first step: half correct, pairs where the loss wants them
+    order, ids = draw_order(
         run, rollouts.reward, rollouts.problem_ids, len(world.problems), pairs=LOSSES[run.loss].pairs, online=online
     )
     generator = seeded(args.device, run.seed, "online")
@@ -71,7 +72,8 @@ def train_policy(args, settings, folder, world, title=""):
         from study.diagnostics import Observer
 
         observers.append(Observer(model, rollouts, run, folder))
-    begin(args, settings, folder, world)  # from here to the loop: the log and the checkpoints
+    # from here to the loop: the folder, the log and the checkpoints
+    begin(folder, {**settings, "measured": world.measured, "environment": environment(args.device)}, args.resume)
     exam = Exam(run, world)
     spent = {} if online else world.spent()  # seconds and tokens that sampling the rollouts took
     steps = Steps("", args.skip_nonfinite, ids, f"; the last checkpoint, if there was one, is kept in {folder}")
@@ -85,7 +87,7 @@ def train_policy(args, settings, folder, world, title=""):
             # ------------------------------------------------------------------
             if online:  # fresh samples of the present policy
                 b = sample_groups(model, [world.problems[i] for i in order[step].tolist()], run, generator)
-            else:  # fixed rollouts of the base model
+            else:  # fixed rollouts of the base model, with its logits
                 b = rollouts[order[step]]
             if not len(b.reward):  # DAPO has dropped every group
                 log.add(**step_numbers(b))
@@ -111,16 +113,7 @@ def kto_z0(model, reference, b):
     return (present - ref).mean().clamp(min=0)
 
 
-# --- around it: what is kept and logged
-
-
-def begin(args, settings, folder, world):
-    """Make the run's folder and its config.json, and forget a checkpoint that is not to be resumed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not args.resume or (folder / "samples.txt").exists():  # the last file of a finished run
-        for name in ("checkpoint.safetensors", "samples.txt"):
-            (folder / name).unlink(missing_ok=True)
-    write_json(folder / "config.json", {**settings, "measured": world.measured, "environment": environment(args.device)})
+# --- what is logged beside each step
 
 
 class Exam:
@@ -258,10 +251,7 @@ def check_args(parser, args):
         parser.error(f"argument --batch-size: must be even, half correct and half incorrect, not {args.batch_size}")
     flags.check_rows(parser, args)
     flags.check_method_flags(parser, args, LOSSES, HYPERPARAMETERS)
-    if any(LOSSES[loss].online for loss in args.loss) and (args.rollouts == 1 or args.batch_size % args.rollouts):
-        fits = 8 if args.batch_size % 8 == 0 else 2
-        parser.error("argument --rollouts: grpo needs at least 2, and --batch-size must be a multiple of them, "
-            f"not {args.rollouts}; try: {parser.typed('--rollouts', fits)}")  # fmt: skip
+    flags.check_groups(parser, args, LOSSES)
     try:  # too few problems of this length are noticed before anything is trained
         for seed, prompts in itertools.product(args.seed, args.prompts):
             draw_splits(args, seed, prompts)
@@ -277,13 +267,13 @@ def run(argv=None):
         args = parse_args(argv)
     if args.force or not args.resume:
         kept = kept.replace("same command", "same command without --force and --no-resume")
+    if args.explain:  # a door to another command
+        sys.argv[1:] = sys.argv[1:] if argv is None else argv
+        return runpy.run_module("study.explain", run_name="__main__")
     with flags.command("train.py", kept, args.out):
-        if args.explain:
-            importlib.import_module("study.explain").explain(args)  # which imports this file
-        else:
-            for line in flags.reinterpreted(args, LOSSES, HYPERPARAMETERS):
-                print(line)
-            main(args)
+        for line in flags.reinterpreted(args, LOSSES, HYPERPARAMETERS):
+            print(line)
+        main(args)
 
 
 if __name__ == "__main__":

@@ -61,11 +61,8 @@ def count_up_to(most):
 count = count_up_to(10**9)
 answer_length = count_up_to(2**17)  # whose keys and values are kept
 natural = checked(int, lambda value: 0 <= value < 2**31, "a whole number of at least 0 and below 2^31")
-positive = checked(float, lambda value: value > 0, "a finite number above 0")
 learning_rate = checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 temperature = checked(float, lambda value: value >= 1e-6, "a finite number of at least 1e-6")
-not_negative = checked(float, lambda value: value >= 0, "a finite number of at least 0")
-finite = checked(float, lambda value: True, "a finite number")
 zero_or_temperature = checked(float, lambda value: value == 0 or value >= 1e-6, "0 or a finite number of at least 1e-6")
 share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
@@ -266,6 +263,15 @@ def check_method_flags(parser, args, losses, hyperparameters):
         if args.lam is None:
             parser.error(f"argument --target: {' '.join(args.loss)} needs --lam above 0; try: {parser.typed('--lam', 2)}")
         parser.error(f"argument --target: no run uses it, because --lam is 0 for {' '.join(args.loss)}")
+
+
+def check_groups(parser, args, losses):
+    """Refuse groups of an online loss that no batch holds."""
+    online = [loss for loss in args.loss if losses[loss].online]
+    if online and (args.rollouts == 1 or args.batch_size % args.rollouts):
+        fits = 8 if args.batch_size % 8 == 0 else 2
+        parser.error(f"argument --rollouts: {online[0]} needs at least 2, and --batch-size must be a multiple of them, "
+            f"not {args.rollouts}; try: {parser.typed('--rollouts', fits)}")  # fmt: skip
 
 
 MOST_ROWS = 10**8  # rows that a run trains on, since their order is drawn before its first step

@@ -17,7 +17,7 @@ import signal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .files import Interrupted, UserError, write_tensors
+from .files import Interrupted, UserError, write_json, write_tensors
 from .log import progress
 
 
@@ -114,6 +114,15 @@ def split(state, place=""):
         else:
             values[key] = value
     return values, tensors
+
+
+def begin(folder, config, resume):
+    """Make a run's folder and its config.json, and forget the checkpoint of a finished run or of one not to be resumed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume or (folder / "samples.txt").exists():  # the last file of a finished run
+        for name in ("checkpoint.safetensors", "samples.txt"):
+            (folder / name).unlink(missing_ok=True)
+    write_json(folder / "config.json", config)
 
 
 class Random:

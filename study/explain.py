@@ -134,10 +134,11 @@ def screen(problem, texts, first, length, steps):
 
 
 def run(argv=None):
-    """The command: a loss's name, then train.py's flags."""
+    """The command: a loss's name, then train.py's flags; or these flags with --explain among them, from train.py's door."""
     argv = sys.argv[1:] if argv is None else argv
-    with flags.command("study.explain"):
-        args = train.parse_args(argv if argv[:1] in ([], ["-h"], ["--help"]) else ["--explain", *argv])
+    with flags.command("python -m study.explain"):
+        named = argv and not argv[0].startswith("-")
+        args = train.parse_args(["--explain", *argv] if named else argv)
         if not args.explain:
             raise UserError("name a loss: python -m study.explain fpa")
         explain(args)

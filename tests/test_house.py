@@ -20,6 +20,8 @@ def imports(name):
         if isinstance(node, ast.ImportFrom):
             base = ".".join(filter(None, [package if node.level else "", node.module or ""]))
             wanted = [f"{base}.{alias.name}" for alias in node.names] + [base]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            wanted = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
         elif isinstance(node, ast.Import):
             wanted = [alias.name for alias in node.names]
         else:

@@ -110,7 +110,7 @@ def base_model(args, seed, settings, path):
         model.load_state_dict(load_file(path))
         return model
     rows = corpus_rows(args.base_steps * BASE_BATCH, args.ops, args.slip, random.Random(f"{seed}/corpus"))
-    print(f"base model    training     {path}   {args.base_steps} steps, about a minute at the default size")
+    print(f"base model    training     {path}   {args.base_steps} steps")
     tokens, mask = (x.to(args.device).split(BASE_BATCH) for x in pack(rows))
     optimizer, warmup = adamw(model, BASE_LR), min(BASE_WARMUP, args.base_steps // 10)
     steps, began = Steps("base model, "), time.time()

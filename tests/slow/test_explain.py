@@ -8,7 +8,6 @@ import pytest
 import torch
 from test_train import TINY, refusal
 
-import train
 from losses import LOSSES
 from study import explain
 
@@ -66,9 +65,9 @@ def test_lambda_0_is_the_plain_loss(out):
 
 
 def test_what_cannot_be_explained_is_one_line(out, monkeypatch, capsys):
-    words = ["--explain", "fpa", *TINY, "--out", out]
-    code, error = refusal(train.run, [*words, "--lam", "1e300"], capsys)
-    assert code == 3 and error == "train.py: error: the step at λ = 1e+300 is not finite\n"
+    words = ["fpa", *TINY, "--out", out]
+    code, error = refusal(explain.run, [*words, "--lam", "1e300"], capsys)
+    assert code == 3 and error == "python -m study.explain: error: the step at λ = 1e+300 is not finite\n"
     prepare = explain.prepare
 
     def none_clean(*arguments):
@@ -77,8 +76,19 @@ def test_what_cannot_be_explained_is_one_line(out, monkeypatch, capsys):
         return world
 
     monkeypatch.setattr(explain, "prepare", none_clean)
-    code, error = refusal(train.run, words, capsys)
+    code, error = refusal(explain.run, words, capsys)
     assert code == 2 and "no correct rollout without a wrong step" in error and error.count("\n") == 1
+    code, error = refusal(explain.run, [], capsys)
+    assert code == 2 and "name a loss" in error and error.count("\n") == 1
+
+
+def test_the_door_and_the_command_print_the_same_screen(out):
+    door, command = (
+        subprocess.run([sys.executable, *words, *TINY, "--out", str(out), "--lam", "2", "5"], capture_output=True, text=True)
+        for words in (["train.py", "--explain", "DPO"], ["-m", "study.explain", "DPO"])
+    )
+    assert door.returncode == command.returncode == 0 and door.stdout[-500:] == command.stdout[-500:]
+    assert "--explain takes one --lam: 2\n" in door.stdout and "λ = 2." in door.stdout
 
 
 def test_marks_are_shares_of_the_largest_change():
