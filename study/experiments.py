@@ -176,8 +176,9 @@ def gather(runs_folder, folder, experiments=None):
         rows |= {run: {"id": run, "experiments": "", **flat(made.config)} for run, made in new.items()}
         for run, row in rows.items():
             row["experiments"] = " ".join(name for _, name in names.get(run, ())) or row["experiments"]
-        if rows:
-            write_table(folder / "runs.csv", in_order(list(rows.values())))
+        ordered = in_order(list(rows.values())) if rows else []
+        if ordered != table_rows(folder / "runs.csv"):
+            write_table(folder / "runs.csv", ordered)
     return len(new)
 
 

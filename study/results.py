@@ -333,10 +333,13 @@ def describe(config):
 
 def summary(runs):
     """Accuracy at the start, the best and the last evaluation: a line a method, mean and 95 % interval over seeds, as text."""
-    lines = []
-    for some in by(runs, lambda run: run.setting).values():
+    lines, settings = [], list(by(runs, lambda run: run.setting).values())
+    titles = [describe(some[0].config) for some in settings]
+    for title, some in zip(titles, settings):
+        if titles.count(title) > 1:
+            title += f", evaluated every {some[0].config['eval_every']} steps"
         heads = ("start", "best", "final", "greedy start", "greedy final")
-        lines += [describe(some[0].config), f"{'':32}{'seeds':>6}" + "".join(f"{head:>15}" for head in heads)]
+        lines += [title, f"{'':32}{'seeds':>6}" + "".join(f"{head:>15}" for head in heads)]
         for method, seeds in by_method(some).items():
             columns = [(run.log["accuracy"], run.log["accuracy_greedy"]) for run in seeds]
             table = np.array([[a[0], a.max(), a[-1], greedy[0], greedy[-1]] for a, greedy in columns])

@@ -19,7 +19,7 @@ import losses
 import plots
 import train
 from losses import LOSSES
-from plumbing import batches, files, flags, log
+from plumbing import batches, files, flags, keeper, log
 from plumbing.log import COLUMNS
 from toy_math import rollouts, stages
 from toy_math.problems import verify
@@ -547,3 +547,18 @@ def test_a_gradient_that_is_not_finite_stops_the_run(finished, tmp_path, monkeyp
     saved = load_file(folder / "checkpoint.safetensors")
     assert all(torch.isfinite(tensor).all() for name, tensor in saved.items() if "coefficient" not in name)
     assert not (folder / "model.safetensors").exists() and not (folder / "samples.txt").exists()
+
+
+def test_adamw_takes_a_common_scale_out():
+    """What README says of the weights: only their ratio counts, as long as no gradient is clipped."""
+    weights = []
+    for scale in (1.0, 0.01):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 3)
+        optimizer, start = keeper.adamw(model, 0.01), model.weight.detach().clone()
+        for _ in range(20):
+            loss = scale * (model(torch.randn(16, 8)).tanh() ** 2).mean()
+            assert keeper.update(model, optimizer, loss) < 1  # below the clip
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+    assert (weights[0] - start).abs().max() > 0.05
