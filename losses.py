@@ -18,6 +18,7 @@ Left out: label smoothing and other variants of the neighbours, and GRPO's penal
 """
 
 import copy
+import functools
 import inspect
 from dataclasses import dataclass, field
 
@@ -287,17 +288,21 @@ class Loss:
     form_of: str | None = None  # the loss that this one is at lam = 0
     online: bool = False  # it samples its own rows
 
-    @property
+    @functools.cached_property
     def inputs(self):
         """The names of the batch's tensors that it takes."""
         arguments = inspect.signature(self.function).parameters.values()
         return [argument.name for argument in arguments if argument.default is argument.empty]
 
+    @functools.cached_property
+    def own(self):
+        """The hyperparameters that its function takes; FPA's lam has done its work in `future_logits`."""
+        return [name for name in self.defaults if name in inspect.signature(self.function).parameters]
+
     def __call__(self, batch, run):
         """Losses and coefficients of a batch, for a run's hyperparameters; both are objects with attributes."""
-        own = [name for name in self.defaults if name in inspect.signature(self.function).parameters]
         tensors = {name: getattr(batch, name) for name in self.inputs}
-        return self.function(**tensors, **{name: getattr(run, name) for name in own})
+        return self.function(**tensors, **{name: getattr(run, name) for name in self.own})
 
 
 @dataclass(frozen=True)

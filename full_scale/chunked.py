@@ -54,6 +54,7 @@ class HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, targets, ref_hidden, ref_head, lam):
+        """Both log-probabilities (N,), and what backward needs: a normaliser (N,) each instead of the logits (N, V)."""
         present, future, normalisers = [], [], []
         for rows in chunks(len(hidden)):
             logits, chosen = head_logits(hidden[rows], head), targets[rows, None]  # (CHUNK, V), (CHUNK, 1)

@@ -192,8 +192,8 @@ def add_method_flags(parser, losses, hyperparameters, default):
             add(f"--{name}", action="store_true", default=None, help=f"{', '.join(having)}: {flag.help}{NO_DEFAULT}")
             continue
         kind = one_of(flag.choices) if flag.choices else bounded(flag.at_least, flag.above)
-        words = {", ".join(f"{loss} {value}".removesuffix(".0") for loss, value in defaults.items())}
-        shown = f" (default: {words.pop()}{', else 0' if name == 'lam' else ''}){NO_DEFAULT}"
+        words = ", ".join(f"{loss} {value}".removesuffix(".0") for loss, value in defaults.items())
+        shown = f" (default: {words}{', else 0' if name == 'lam' else ''}){NO_DEFAULT}"
         metavar = "ROWS" if flag.choices else "X"
         add(f"--{name}", nargs="+", type=kind, metavar=metavar, help=f"{', '.join(having)}: {flag.help}{shown}")
 
@@ -247,9 +247,9 @@ def reinterpreted(args, losses, hyperparameters):
     said = []
     for loss in args.loss:
         for method in methods(argparse.Namespace(**{**vars(args), "loss": [loss]}), losses, hyperparameters):
-            beside = method["loss"] in args.loss and method["loss"] != loss and losses[method["loss"]].form_of
-            if method["loss"] != loss and not beside:
-                said.append(f"--loss {loss} with --lam {method.get('lam', 0):g} is {method['loss']}")
+            name = method["loss"]
+            if name != loss and not (losses[name].form_of and name in args.loss):  # beside its FPA form it stays plain
+                said.append(f"--loss {loss} with --lam {method.get('lam', 0):g} is {name}")
     return list(dict.fromkeys(said))
 
 

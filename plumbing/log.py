@@ -41,8 +41,9 @@ class Steps:
             self.numbers.setdefault(name, []).append(number.detach() if isinstance(number, torch.Tensor) else number)
 
     def columns(self):
-        """{name: (steps,) float32 on the CPU}; a device is read here."""
-        return {name: torch.tensor([float(x) for x in values]) for name, values in self.numbers.items()}
+        """{name: (steps,) float32 on the CPU}; a device is read here, once for each number."""
+        self.numbers = {name: [float(x) for x in values] for name, values in self.numbers.items()}
+        return {name: torch.tensor(values) for name, values in self.numbers.items()}
 
     def finite(self, columns):
         """Which of the steps are finite (steps,)."""
