@@ -200,8 +200,8 @@ class GPT(nn.Module):
     def generate(self, prompts, max_new_tokens, eos, pad, temperature=1.0, generator=None, samples=1):
         """Sample completions of prompts (B, P) -> (B * samples, max_new_tokens), EOS kept and PAD after it, prompt by prompt.
 
-        temperature 0 takes the most likely token. `eos` is a token or a tensor of several. `generator` is a torch.Generator on
-        the prompts' device.
+        `temperature` is a number, or a tensor (samples,) with one for each sample of a prompt; 0 takes the most likely token.
+        `eos` is a token or a tensor of several. `generator` is a torch.Generator on the prompts' device.
         """
         B, P = prompts.shape
         c = self.config
@@ -211,12 +211,14 @@ class GPT(nn.Module):
         cache, hidden = cache.repeat_interleave(samples, dim=2), hidden.repeat_interleave(samples, dim=0)
         completions = torch.full((B * samples, max_new_tokens), pad, device=prompts.device)
         done = torch.zeros(B * samples, dtype=torch.bool, device=prompts.device)
+        temperatures = torch.as_tensor(temperature, dtype=torch.float, device=prompts.device).expand(samples).repeat(B)[:, None]
+        greedy = not temperatures.any()
         for t in range(max_new_tokens):
             logits = self.head(hidden).float()  # (B * samples, V)
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            if not greedy:  # argmax(logits - T log E), E ~ Exp(1), is a sample of softmax(logits / T)
+                noise = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30).log_()
+                logits = logits - temperatures * noise
+            token = logits.argmax(-1)
             completions[:, t] = token.masked_fill(done, pad)
             done |= torch.isin(token, eos)
             if t == max_new_tokens - 1 or done.all():

@@ -1,7 +1,7 @@
 """The curves of the method, from logs: divergence and brake, prolonged training, targets, λ. No model is loaded.
 
     python plots.py runs/     # every finished run below runs/ -> runs/figures/*.png
-    python plots.py results   # the committed runs -> results/figures/*.png
+    python plots.py results/slips   # the committed runs -> results/slips/figures/*.png
 
 The command also draws the figures of study/figures.py. `python -m study.claims` writes the numbers, results.md.
 """
@@ -135,8 +135,11 @@ def run(argv=None):
     add = parser.add_argument
     add("runs", nargs="?", default=Path("runs"), type=printable_path, help="folder whose runs are drawn")
     add("--to", type=printable_path, metavar="FOLDER", help=f"folder of the figures (default: RUNS/figures){NO_DEFAULT}")
-    add("--html", action="store_true", help=f"also write report.html, a page to explore; needs plotly, and runs "
-        f"trained with --diagnostics{NO_DEFAULT}")
+    add(
+        "--html",
+        action="store_true",
+        help=f"also write report.html, a page to explore; needs plotly, and runs trained with --diagnostics{NO_DEFAULT}",
+    )
     args = parser.parse_args(argv)
     to = args.to or args.runs / "figures"
     if os.path.lexists(to) and not os.path.isdir(to):

@@ -1,4 +1,4 @@
-"""Train a small GPT on slipping arithmetic, then improve it by reinforcement learning, offline on its own rollouts or online.
+"""Train a small GPT on arithmetic with errors, then improve it by reinforcement learning, offline on its rollouts or online.
 
     python train.py                                     # Off-RL and FPA, side by side
     python train.py --loss fpa --lam 2                  # one run
@@ -27,9 +27,9 @@ from plumbing.keeper import Keeper, OneFile, Random, adamw, begin, update
 from plumbing.log import Log, Steps, environment, step_numbers
 from study.results import is_finished, read_runs, summary
 from toy_math.rollouts import evaluate, sample_groups, samples_text
-from toy_math.stages import EVAL_PROBLEMS, add_task_flags, draw_splits, prepare, stage_settings
+from toy_math.stages import add_task_flags, draw_splits, evaluation_settings, prepare, settle_task_flags, stage_settings
 
-EVAL_SAMPLES = 8
+PERCENTILES = (5, 25, 50, 75, 95)  # of the monitored rows' log-ratios
 MONITORED = 128  # training rollouts of each kind whose log-probabilities are logged
 
 
@@ -61,7 +61,7 @@ def train_policy(args, settings, folder, world, title=""):
     run = SimpleNamespace(**{"lam": 0.0, **settings})
     online, rollouts = LOSSES[run.loss].online, world.rollouts
     model = copy.deepcopy(world.base)
-    optimizer = adamw(model, run.lr)
+    optimizer = adamw(model.parameters(), run.lr)
     # each step's rollouts (online: problems), fixed before the first step: half correct, pairs where the loss wants them
     order, ids = draw_order(
         run, rollouts.reward, rollouts.problem_ids, len(world.problems), pairs=LOSSES[run.loss].pairs, online=online
@@ -117,9 +117,10 @@ def kto_z0(model, reference, b):
 
 
 class Exam:
-    """What an evaluation measures: accuracies on test problems, and means over training rollouts that are monitored.
+    """What an evaluation measures: accuracies on validation problems, and log-ratios of training rollouts that are monitored.
 
-    `samples` are the answers of the last evaluation.
+    The first and the last evaluation measure the accuracies on test problems too. `samples` are the last evaluation's answers
+    to them.
     """
 
     def __init__(self, run, world):
@@ -133,12 +134,20 @@ class Exam:
         """Columns of log.csv."""
         run, b = self.run, self.world.rollouts[self.monitored]
         generator = seeded(b.reward.device, run.seed, "evaluation", step)
-        columns, self.samples = evaluate(model, self.world.test_problems, EVAL_SAMPLES, run.eval_temperature, generator)
+        columns, _ = evaluate(model, self.world.validation, run.eval_samples, generator)
+        if step in (0, run.steps):
+            test, self.samples = evaluate(model, self.world.test, run.eval_samples, generator)
+            columns |= {f"test_{name}": value for name, value in test.items() if name != "malformed"}
         add_logps(model, b, run.lam)
         values = {"logratio": b.logratio, "pi": (b.logp_sum / b.length).exp(), "pihat": (b.future_logp_sum / b.length).exp()}
         groups = {"correct": b.reward > 0, "incorrect": b.reward < 0}
         for name, kind in itertools.product(values, groups):
             columns[f"{name}_{kind}"] = values[name][groups[kind]].mean().item()
+        for kind, rows in groups.items():  # the drag is a heavy tail, which a mean does not show
+            logratio = b.logratio[rows]
+            for percent in PERCENTILES:
+                columns[f"logratio_{kind}_p{percent}"] = logratio.quantile(percent / 100).item()
+            columns[f"logratio_{kind}_below_0"] = (logratio < 0).float().mean().item()
         return columns
 
 
@@ -150,8 +159,8 @@ def run_settings(args):
     runs, methods = {}, flags.methods(args, LOSSES, HYPERPARAMETERS)
     for seed, prompts, lr, method in itertools.product(args.seed, args.prompts, args.lr, methods):
         _, settings = stage_settings(args, seed, prompts)
-        settings |= {"lr": lr, **{key: getattr(args, key) for key in ("steps", "batch_size", "eval_every", "eval_temperature")}}
-        settings |= {"eval_problems": EVAL_PROBLEMS, "eval_samples": EVAL_SAMPLES, "monitored": MONITORED, **method}
+        settings |= {"lr": lr, "steps": args.steps, "batch_size": args.batch_size}
+        settings |= {**evaluation_settings(args), "monitored": MONITORED, **method}
         words = flags.method_words(method, HYPERPARAMETERS)
         words += [f"prompts{prompts}", f"steps{args.steps}", f"lr{lr:g}", f"seed{seed}", digest(settings)]
         runs["-".join(words)] = settings
@@ -252,6 +261,7 @@ def check_args(parser, args):
     flags.check_rows(parser, args)
     flags.check_method_flags(parser, args, LOSSES, HYPERPARAMETERS)
     flags.check_groups(parser, args, LOSSES)
+    settle_task_flags(parser, args)
     try:  # too few problems of this length are noticed before anything is trained
         for seed, prompts in itertools.product(args.seed, args.prompts):
             draw_splits(args, seed, prompts)

@@ -192,7 +192,7 @@ def fit(args, run, settings, data, folder, run_folder, mesh):
     monitored = batch_order(data.reward, 1, math.ceil(2 * MONITORED / at_once) * at_once, args.seed)[0]
     model = build(args, folder, mesh)
     reference = Reference(args, run, model, data, f"{settings['checkpoint']} {settings['data']}", mesh)
-    optimizer = adamw(model, args.lr)
+    optimizer = adamw(model.parameters(), args.lr)
     run_folder.mkdir(parents=True, exist_ok=True)
     say(f"training      {run_folder}")
     if is_first():

@@ -62,7 +62,6 @@ count = count_up_to(10**9)
 answer_length = count_up_to(2**17)  # whose keys and values are kept
 natural = checked(int, lambda value: 0 <= value < 2**31, "a whole number of at least 0 and below 2^31")
 learning_rate = checked(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-temperature = checked(float, lambda value: value >= 1e-6, "a finite number of at least 1e-6")
 zero_or_temperature = checked(float, lambda value: value == 0 or value >= 1e-6, "0 or a finite number of at least 1e-6")
 share = checked(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
@@ -288,7 +287,7 @@ def check_rows(parser, args):
 
 
 def add_training_flags(parser):
-    """A run's length, its rows and its evaluations."""
+    """A run's length and its rows."""
     add = parser.add_argument_group("training").add_argument
     add("--seed", nargs="+", default=[0], type=natural, metavar="N", help="seed of the whole pipeline, base model included")
     add("--steps", default=1000, type=count, metavar="N", help="optimizer steps")
@@ -296,9 +295,6 @@ def add_training_flags(parser):
     add("--batch-size", default=64, type=count, metavar="N", help="trajectories a step; offline, half correct, half incorrect")
     add("--skip-nonfinite", default=0, type=natural, metavar="N", help="leave out the updates of at most N steps whose loss or "
         "gradient is not finite; one more stops the run")  # fmt: skip
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", default=50, type=count, metavar="N", help="steps between evaluations")
-    add("--eval-temperature", default=1.0, type=temperature, metavar="X", help="sampling temperature of the column `accuracy`")
     add("--diagnostics", action="store_true", help="also measure gradient entanglement, extrapolation and single tokens")
 
 

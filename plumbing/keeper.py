@@ -141,9 +141,32 @@ class Random:
 # --- the optimizer
 
 
-def adamw(model, lr):
+def adamw(parameters, lr):
     """AdamW without weight decay, as every loop here uses it."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+class MuonAdamW:
+    """Muon (Jordan et al. 2024) for some matrices and AdamW for all other parameters, as one optimizer."""
+
+    def __init__(self, model, matrices, lr, muon_lr):
+        chosen = set(matrices)
+        others = [parameter for parameter in model.parameters() if parameter not in chosen]
+        self.parts = torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.0), adamw(others, lr)
+        self.base_lrs = muon_lr, lr
+
+    def set_factor(self, factor):
+        """Set both learning rates to a share of what they were."""
+        for part, lr in zip(self.parts, self.base_lrs):
+            part.param_groups[0]["lr"] = lr * factor
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self):
+        for part in self.parts:
+            part.step()
 
 
 def warmup_cosine(step, warmup, steps):
@@ -168,25 +191,38 @@ def update(model, optimizer, loss, may_skip=False):
 
 
 def training_tensors(model, optimizer):
-    """Weights and AdamW's moments by name, as they are in memory; the moments of a new optimizer are put there, zeros."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
-        if not state:
-            moments = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in ("exp_avg", "exp_avg_sq")}
-            state.update(step=torch.zeros((), device=parameter.device), **moments)
-        tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")} | {f"weight.{name}": parameter.detach()}
+    """Weights and the optimizer's moments by name, as they are in memory; those of a new optimizer are put there, zeros."""
+    tensors = {f"weight.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for part in parts(optimizer):
+        moments = ("momentum_buffer",) if isinstance(part, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
+        for parameter in part.param_groups[0]["params"]:
+            state = part.state[parameter]
+            if not state:
+                state.update({moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments})
+                if len(moments) == 2:  # AdamW counts its steps
+                    state["step"] = torch.zeros((), device=parameter.device)
+            tensors |= {f"{moment}.{names[parameter]}": state[moment] for moment in moments}
     return tensors
+
+
+def parts(optimizer):
+    return getattr(optimizer, "parts", (optimizer,))
+
+
+def counters(optimizer):
+    """AdamW's count of its steps, a tensor for each parameter that it has updated."""
+    return [state["step"] for part in parts(optimizer) for state in part.state.values() if "step" in state]
 
 
 def updates(optimizer):
     """How many steps the optimizer has taken."""
-    return next((int(state["step"]) for state in optimizer.state.values()), 0)
+    return next((int(count) for count in counters(optimizer)), 0)
 
 
 def set_updates(optimizer, count):
-    for state in optimizer.state.values():
-        state["step"].fill_(count)
+    for counter in counters(optimizer):
+        counter.fill_(count)
 
 
 def content_checksum(state, tensors):

@@ -40,15 +40,16 @@ from plumbing.keeper import adamw, update
 from plumbing.log import environment, progress
 from toy_math import rollouts
 from toy_math.problems import draw_problems, write_trace
-from toy_math.stages import CONFIG, EVAL_PROBLEMS, Rollouts
+from toy_math.stages import CONFIG, Rollouts
 from toy_math.tokenizer import ALPHABET, BOS, EOS, PAD, VOCAB_SIZE
-from train import EVAL_SAMPLES, add_logps
+from train import add_logps
 
 from . import results
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = GPTConfig(vocab_size=VOCAB_SIZE, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1152)
 PAIRS, OPS = 32, 6
+EVAL_PROBLEMS, EVAL_SAMPLES = 256, 8  # of the sampling that is timed
 REAL = {
     "Qwen2.5-0.5B": {"vocab_size": 151_936, "d_model": 896, "n_layers": 24, "n_heads": 14, "n_kv_heads": 2, "d_ff": 4864,
                      "rope_theta": 1e6, "qkv_bias": True},
@@ -118,7 +119,7 @@ def make(config):
     """A model with random weights, and its optimizer."""
     torch.manual_seed(0)
     model = GPT(config)
-    return model, adamw(model, 1e-4)
+    return model, adamw(model.parameters(), 1e-4)
 
 
 def step_on(model, optimizer, data, rows, run):
@@ -271,7 +272,7 @@ def against_llama(config, rounds):
     for attention in ("sdpa", "eager"):
         peer = llama(model, attention)
         torch.testing.assert_close(peer(tokens).logits, model(tokens), rtol=1e-3, atol=1e-3)
-        contestants[attention] = functools.partial(step, peer, adamw(peer, 1e-4), use_cache=False)
+        contestants[attention] = functools.partial(step, peer, adamw(peer.parameters(), 1e-4), use_cache=False)
     return in_turn(rounds, **contestants)
 
 

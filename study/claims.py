@@ -1,10 +1,10 @@
 """The claims that are checked, as numbers from the runs' logs with a verdict, and results.md.
 
-    python -m study.claims        # results/ -> results/results.md
+    python -m study.claims        # results/slips -> results/slips/results.md
     python -m study.claims runs   # the runs below runs/ -> runs/results.md
 
 `claims` says by which numbers a claim is measured and on which side of which bound it puts them. `verdict` is the rule. Both
-were written before the runs. The commands behind the runs are in study/experiments.py.
+were written before the runs. The last column of the claims table names a run's experiments as runs.csv does.
 """
 
 import re
@@ -411,15 +411,12 @@ def tuning_part(runs):
 
 
 def results(runs):
-    """results.md: the claims table, the learning rates that tuning chose, every method of every setting, the commands."""
+    """results.md: the claims table, the learning rates that tuning chose, and every method of every setting."""
     table = claims(runs)
-    names = dict.fromkeys(name for _, _, experiments in table.values() for name in experiments)
     return (
         "# Results\n\nWritten by `python -m study.claims`.\n\n## Claims\n\n"
         f"{verdict.__doc__.strip()}\n\n{claims_table(table)}\n\n"
-        "## Commands\n\nEach command runs what is missing of an experiment, the last column of the table.\n\n```\n"
-        + "".join(f"python -m study.experiments {name}\n" for name in names)
-        + f"```\n\n## Every setting\n\n```\n{summary(reported(runs))}```\n{tuning_part(runs)}"
+        f"## Every setting\n\n```\n{summary(reported(runs))}```\n{tuning_part(runs)}"
     )
 
 
@@ -429,7 +426,9 @@ def results(runs):
 def run(argv=None):
     """The command: write results.md, or one line on stderr and exit code 2."""
     parser = command_line(__doc__.splitlines()[0], prog="python -m study.claims")
-    parser.add_argument("folder", nargs="?", default=Path("results"), type=printable_path, help="folder of tables or of runs")
+    parser.add_argument(
+        "folder", nargs="?", default=Path("results/slips"), type=printable_path, help="folder of tables or of runs"
+    )
     args = parser.parse_args(argv)
     path = args.folder / "results.md"
     with command(parser.prog, f"{path} is whole, and may be of before", path):

@@ -1,7 +1,7 @@
 """The experiments behind results/: the commands, what results/ lacks of them, and the way from runs/ into its tables.
 
     python -m study.experiments               # lists them: runs, how many of them results/ holds, hours
-    python -m study.experiments main targets  # runs what is missing of two, then gathers all finished runs into results/
+    python -m study.experiments pilot main    # runs what is missing of two, then gathers all finished runs into results/
 
 An interrupted experiment goes on with the same command: train.py keeps the finished runs and the checkpoints of the others.
 """
@@ -13,36 +13,17 @@ import sys
 import train
 from plumbing.files import digest, locked, printable_path, write_csv
 from plumbing.flags import check_folder, command, command_line, natural, nearest
-from study.results import METHOD, RENAMED, TABLES, TUNING_SEEDS, by, read_runs, read_table, read_tables, run_folders, table_rows
+from study.results import METHOD, RENAMED, TABLES, by, read_runs, read_table, read_tables, run_folders, table_rows
 
-FIVE, TUNED = "--seed 0 1 2 3 4", f"--seed {' '.join(map(str, TUNING_SEEDS))}"
-WEIGHT = 0.4  # of the constant: FPA's average coefficient on incorrect rows, where it is used on these only (C15)
-GRID = "--lr 5e-5 2e-4 8e-4 3.2e-3 --eval-every 1000"  # the last evaluation is all that chooses
-# The commands behind results/, after `python train.py`. A test checks that their runs are what is there.
+FIVE, PILOT = "--seed 0 1 2 3 4", "--seed 2000 2001 2002 2003 2004"
+# The commands behind the tables of results/, after `python train.py`. Those of results/slips are of an earlier version.
 EXPERIMENTS = {
-    "main": [f"--diagnostics {FIVE}"],
-    "prolonged": [f"--steps 4000 --eval-every 200 {FIVE}"],
-    "lambda": [f"--loss fpa --lam 0 0.5 1 2 5 10 {FIVE}"],
-    "tokens": ["--loss fpa --lam 0 0.5 1 2 5 10 --diagnostics"],  # of one seed, for the page
-    "targets": [f"--loss off_rl fpa --target both correct incorrect {FIVE}"],
-    "tuning": [
-        f"--loss off_rl fpa simper dpo rpo kto a_star_po pessimistic sft reinforce grpo {GRID} {TUNED}",
-        f"--loss dpo rpo --lam 0.5 2 5 {GRID} {TUNED}",
+    # docs/task.md has the rule that was written before these runs
+    "pilot": [
+        f"--task habit --habit {habit} --slip {slip} --eval-every 100 {PILOT}"
+        for habit, slip in ((0.6, 0.03), (0.6, 0.06), (0.8, 0.03))
     ],
-    "losses": [
-        f"--loss off_rl fpa simper rpo kto --lr 8e-4 {FIVE}",
-        f"--loss off_rl a_star_po --lr 3.2e-3 {FIVE}",
-        f"--loss dpo --lam 0 2 --lr 5e-5 {FIVE}",
-        f"--loss reinforce --lr 5e-5 {FIVE}",
-        f"--loss sft grpo pessimistic --lr 2e-4 {FIVE}",
-        f"--loss rpo --lam 2 --lr 2e-4 {FIVE}",
-    ],
-    "slower": [f"--loss off_rl --lr 2e-4 1.75e-4 1e-4 5e-5 2.5e-5 {FIVE}"],
-    "extrapolation": [f"--loss fpa --lr 2e-4 2e-5 --diagnostics {FIVE}"],
-    "controls": [f"--loss off_rl fpa constant sharpened sft --target both incorrect --weight {WEIGHT} {FIVE}"],
-    "prompts": [f"--loss off_rl fpa constant sft --weight {WEIGHT} --prompts 256 1024 4096 {FIVE}"],
-    "online": [f"--loss off_rl fpa grpo {FIVE}"],
-    "cost": [f"--loss fpa --lr 8e-4 --eval-every 1000 {FIVE}", f"--loss grpo --lr 2e-4 --eval-every 1000 {FIVE}"],  # alone
+    "main": [f"--diagnostics {FIVE}", f"--loss fpa --target incorrect {FIVE}", f"--loss sft {FIVE}"],
 }
 
 

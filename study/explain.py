@@ -70,7 +70,7 @@ def plain_and_fpa(args):
 
 def walk(policy, rollouts, order, run, lr, reference):
     """Train the policy, in place, on the rows of each step."""
-    optimizer = adamw(policy, lr)
+    optimizer = adamw(policy.parameters(), lr)
     for rows in order:
         b = rollouts[rows]
         train.add_logps(policy, b)

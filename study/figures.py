@@ -154,9 +154,7 @@ def figure_cost(runs):
     figure, axes = canvas(1, 2)
     costs = {
         "millions of completion tokens sampled or trained on": lambda log: tokens(log) / 1e6,
-        "millions of completion tokens sampled\n(offline: all before the first step)": lambda log: (
-            log["tokens_sampled"] / 1e6
-        ),
+        "millions of completion tokens sampled\n(offline: all before the first step)": lambda log: log["tokens_sampled"] / 1e6,
     }
     for axis, (title, x) in zip(axes, costs.items()):
         for colour, _, some in coloured(by_method(chosen)):

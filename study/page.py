@@ -1,6 +1,6 @@
 """report.html: the runs of a folder to explore in a browser, in one file that needs no server and no network.
 
-    python -m study.page         # results/ -> results/figures/report.html; `pip install plotly` first
+    python -m study.page         # results/slips -> results/slips/figures/report.html; `pip install plotly` first
     python -m study.page runs    # the runs below runs/ -> runs/figures/report.html
 
 The page has a token heat map of one pair of rollouts, the curves, and the claims table. A slider chooses the training step,
@@ -160,7 +160,8 @@ def write_page(runs, path):
 def run(argv=None):
     """The command: write report.html, or one line on stderr and exit code 2."""
     parser = command_line(__doc__.splitlines()[0], prog="python -m study.page")
-    parser.add_argument("folder", nargs="?", default=Path("results"), type=printable_path, help="folder of tables or of runs")
+    parser.add_argument("folder", nargs="?", default=Path("results/slips"), type=printable_path,
+        help="folder of tables or of runs")  # fmt: skip
     args = parser.parse_args(argv)
     path = args.folder / "figures" / "report.html"
     with command(parser.prog, f"{path} is whole, and may be of before", path):

@@ -19,6 +19,7 @@ from losses import HYPERPARAMETERS, LOSSES
 from plumbing.files import UserError
 from plumbing.log import FORMAT
 
+READABLE = (3, FORMAT)  # 3: the runs of results/slips, with fewer columns, whose accuracy is that on test problems
 METHOD = ("loss", *HYPERPARAMETERS)
 NOT_A_SETTING = (*METHOD, "seed", "measured", "environment")
 NEEDED = set(
@@ -84,7 +85,7 @@ def read_csv(path):
 
 
 def check_version(folder, config):
-    if config.get("format") != FORMAT:
+    if config.get("format") not in READABLE:
         raise VersionError(f"{folder} was written by another version: format {config.get('format')}, not {FORMAT}")
 
 
@@ -325,10 +326,13 @@ def label(method):
 
 
 def describe(config):
-    task = f"{config['ops']} operations" if "ops" in config else config["init"]  # the toy's, or of full_scale/
-    measured = f", accuracy at T = {config['eval_temperature']:g}" if "ops" in config else ""
+    if "ops" in config:  # the toy's
+        task = f"task {config.get('task', 'slips')}, {config['ops']} operations"
+        task += f" ({config['eval_ops']} in evaluations)" if "eval_ops" in config else ""
+    else:  # of full_scale/
+        task = config["init"]
     size = f"{config['prompts']} prompts × {config['rollouts']} rollouts"
-    return f"{size}, {task}, {config['steps']} steps, lr {config['lr']:g}{measured}"
+    return f"{task}, {size}, {config['steps']} steps, lr {config['lr']:g}"
 
 
 def summary(runs):

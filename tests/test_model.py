@@ -1,5 +1,7 @@
 """model.py: causality, padding, the KV cache, sampling, and its parts against plain formulas."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -135,18 +137,34 @@ def test_cached_decoding_equals_full_forward(options):
 
 
 def test_sampling_follows_the_policy():
-    # Frequencies of the first sampled token against the softmax, at two temperatures; bounds of about five deviations.
-    model = make()
-    prompt = torch.tensor([[1, 2, 3]])
-    n = 20_000
+    """Frequencies of the first sampled token against the softmax, at one temperature and at several at once."""
+    model, n = make(), 20_000
+    prompts = torch.tensor([[1, 2, 3], [7, 5, 0]])
     with torch.no_grad():
-        logits = model(prompt)[0, -1]
-    for temperature in (1.0, 0.5):
+        logits = model(prompts)[:, -1]
+    for temperatures in ([1.0], [0.5], [1.0, 0.5], [0.0, 0.5, 1.0]):
+        given = torch.tensor(temperatures * n) if len(temperatures) > 1 else temperatures[0]
         generator = torch.Generator().manual_seed(0)
-        sampled = model.generate(prompt, 1, eos=-1, pad=12, temperature=temperature, generator=generator, samples=n)
-        expected = (logits / temperature).softmax(-1)
-        frequency = torch.bincount(sampled[:, 0], minlength=13) / n
-        assert ((frequency - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
+        sampled = model.generate(prompts, 1, -1, 12, given, generator, n * len(temperatures)).view(2, n, -1)
+        for prompt, (i, temperature) in itertools.product(range(2), enumerate(temperatures)):
+            frequency = torch.bincount(sampled[prompt, :, i], minlength=13) / n
+            if temperature:
+                expected = (logits[prompt] / temperature).softmax(-1)
+                assert ((frequency - expected).abs() < 4 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
+            else:
+                assert frequency[logits[prompt].argmax()] == 1
+
+
+def test_samples_of_temperature_0_beside_others_are_the_most_likely_tokens():
+    model = make()
+    prompts = torch.randint(13, (5, 4))
+    greedy = model.generate(prompts, 12, eos=-1, pad=12, temperature=0)
+    temperatures = torch.tensor([2.0, 0.0, 1.0, 0.0])
+    mixed = model.generate(prompts, 12, -1, 12, temperatures, torch.Generator().manual_seed(0), 4).view(5, 4, 12)
+    assert torch.equal(mixed[:, 1], greedy) and torch.equal(mixed[:, 3], greedy)
+    assert (mixed[:, 0] != greedy).any() and (mixed[:, 2] != greedy).any() and (mixed[:, 0] != mixed[:, 2]).any()
+    zeros = model.generate(prompts, 12, -1, 12, torch.zeros(4), None, 4)
+    assert torch.equal(zeros, greedy.repeat_interleave(4, dim=0))
 
 
 def test_generation_pads_after_eos_and_repeats_with_its_seed():

@@ -1,6 +1,9 @@
-"""toy_math: traces, slips, verifier, tokenizer, splits, rollouts and their overlap."""
+"""toy_math: traces, slips, habits, verifier, tokenizer, splits, rollouts and their overlap, evaluation."""
 
+import hashlib
+import itertools
 import json
+import math
 import random
 import subprocess
 import sys
@@ -9,13 +12,15 @@ import pytest
 import torch
 
 from toy_math import rollouts
-from toy_math.problems import Problem, apply, draw_problems, read_problem, slip_results, verify, write_trace
+from toy_math.problems import Problem, apply, draw_problem, draw_problems, read_problem, slip_results, verify, write_trace
 from toy_math.rollouts import (
     corpus_rows,
+    entropy,
     evaluate,
     max_completion_tokens,
     overlap,
     pack,
+    pass_at,
     prompt_tokens,
     rollout_rows,
     samples_text,
@@ -24,6 +29,7 @@ from toy_math.tokenizer import ALPHABET, BOS, EOS, PAD, VOCAB_SIZE, decode, enco
 
 EXAMPLE = Problem(47, (("+", 8), ("*", 3), ("-", 5)))
 CLEAN = "47+8=55;55*3=65;65-5=60;#60"
+COUNTS_OF_ONE_OPERATION = {"train": 1800, "validation": 300, "test": 300}
 
 
 def test_the_documented_example():
@@ -60,6 +66,43 @@ def test_slips_are_recorded_followed_and_as_frequent_as_asked():
         steps += 6
     assert abs(len(slips_seen) / steps - 0.12) < 0.015
     assert {slip.kind for slip in slips_seen} == {"off_by_one", "off_by_two", "off_by_ten", "forgotten_carry"}
+
+
+def test_habits_are_the_carries_and_borrows_of_high_digits_as_frequent_as_asked():
+    rng, shows, forgotten, slipped, steps = random.Random(1), 0, 0, 0, 0
+    for problem in draw_problems(3000, 6, "train", rng):
+        trace, slips = write_trace(problem, 0.03, rng, 0.6)
+        kinds, value = {slip.step: slip.kind for slip in slips}, problem.start
+        for step, (op, digit) in enumerate(problem.ops, start=1):
+            result, ones = int(trace[8 * step - 3 : 8 * step - 1]), value % 10
+            needed = digit in (7, 8, 9) and {"+": ones + digit > 9, "-": ones < digit, "*": False}[op]
+            if kinds.get(step) == "habit":
+                units = ones + digit if op == "+" else ones - digit
+                assert needed and result == value // 10 * 10 + units % 10 != apply(op, value, digit)
+                forgotten += 1
+            elif step not in kinds:
+                assert result == apply(op, value, digit)
+            shows, slipped, steps, value = shows + needed, slipped + (step in kinds), steps + 1, result
+        assert verify(problem, trace).first_wrong_step == min(kinds, default=None)
+    slipped -= forgotten
+    for count, of, rate in ((forgotten, shows, 0.6), (slipped, steps - forgotten, 0.03)):
+        assert of > 1000 and abs(count / of - rate) < 4 * math.sqrt(rate * (1 - rate) / of)
+
+
+def test_with_every_habit_most_answers_are_wrong():
+    problems = draw_problems(3000, 6, "train", random.Random(0))
+    traces = [write_trace(problem, habit_rate=1.0) for problem in problems]  # at a rate above 0.5, the most likely ones
+    wrong = [not verify(problem, trace).correct for problem, (trace, _) in zip(problems, traces)]
+    assert 0.5 < sum(wrong) / 3000 < 0.7 and all(slips for (_, slips), mistaken in zip(traces, wrong) if mistaken)
+    assert {slip.kind for _, slips in traces for slip in slips} == {"habit"}
+
+
+def test_without_a_habit_the_traces_are_those_of_the_first_study():
+    """The checksum is of traces that its version of write_trace wrote."""
+    for words in ((), (0.0,)):
+        rng = random.Random(0)
+        text = "\n".join(write_trace(draw_problem(6, rng), 0.12, rng, *words)[0] for _ in range(500))
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] == "9ae417218d4ef3ad"
 
 
 def test_forgotten_carry():
@@ -113,17 +156,21 @@ def test_text_outside_the_alphabet_is_named(text, culprit):
         encode(text)
 
 
-def test_train_and_test_never_overlap():
-    train, test = (draw_problems(n, 1, split, random.Random(0)) for n, split in ((2000, "train"), (280, "test")))
-    assert not set(train) & set(test) and len(set(train)) == 2000 and len(set(test)) == 280
-    every = [Problem(start, ((op, digit),)) for start in range(100) for op in "+-*" for digit in range(2, 10)]
-    assert {p.split for p in train} == {"train"} and {p.split for p in test} == {"test"}
-    assert 0.08 < sum(p.split == "test" for p in every) / len(every) < 0.17
+def test_splits_never_overlap_and_have_their_shares():
+    every = {Problem(start, ((op, digit),)) for start in range(100) for op in "+-*" for digit in range(2, 10)}
+    drawn = [draw_problems(n, 1, split, random.Random(0)) for split, n in COUNTS_OF_ONE_OPERATION.items()]
+    assert [len(set(some)) for some in drawn] == list(COUNTS_OF_ONE_OPERATION.values())
+    assert sum(map(len, drawn)) == len(every) and set().union(*drawn) == every  # so none is in two of them
+    rng, n = random.Random(0), 20_000
+    splits = [draw_problem(6, rng).split for _ in range(n)]
+    for split, share in (("train", 6 / 8), ("validation", 1 / 8), ("test", 1 / 8)):
+        assert abs(splits.count(split) / n - share) < 4 * math.sqrt(share * (1 - share) / n)
 
 
 def test_too_few_problems():
-    with pytest.raises(ValueError, match="train problems of 1 operation"):
-        draw_problems(2400, 1, "train", random.Random(0))
+    for split, count in COUNTS_OF_ONE_OPERATION.items():
+        with pytest.raises(ValueError, match=f"only {count} different {split} problems of 1 operation"):
+            draw_problems(count + 1, 1, split, random.Random(0))
 
 
 def test_pack_trains_eos_and_never_pad():
@@ -171,25 +218,29 @@ def test_overlap_by_hand():
     }
 
 
-def test_corpus_is_of_training_problems_and_keeps_its_slips():
+def test_corpus_is_of_training_problems_and_keeps_its_errors():
     rows = corpus_rows(300, 6, 0.12, random.Random(0))
-    test_prompts = {problem.prompt for problem in draw_problems(280, 1, "test", random.Random(0))}
-    assert len(rows) == 300 and not {row["prompt"] for row in corpus_rows(2000, 1, 0.1, random.Random(0))} & test_prompts
-    assert 0.3 < sum(not row["slips"] for row in rows) / 300 < 0.65  # 0.88^6 = 0.46
+    assert len(rows) == 300 and 0.3 < sum(not row["slips"] for row in rows) / 300 < 0.65  # 0.88^6 = 0.46
     for row in rows:
         if row["slips"]:
             assert row["slips"][0].kind in slip_results("+", 47, 8) | slip_results("+", 41, 8)
+    with_habit = corpus_rows(2000, 1, 0.03, random.Random(0), 0.6)
+    assert {read_problem(row["prompt"]).split for row in with_habit} == {"train"}
+    assert "habit" in {slip.kind for row in with_habit for slip in row["slips"]}
 
 
 class Guesser:
-    """Stands in for a policy: at temperature 0 the clean trace, else a trace that is clean half of the time."""
+    """Stands in for a policy: at temperature T a trace that is clean with probability 1 - T / 2; all tokens as likely."""
+
+    def __call__(self, tokens):
+        return torch.zeros(*tokens.shape, VOCAB_SIZE)
 
     def generate(self, prompts, max_new_tokens, eos, pad, temperature, generator, samples):
-        completions = []
-        for row in prompts.repeat_interleave(samples, dim=0).tolist():
+        completions, temperatures = [], temperature.expand(samples).repeat(len(prompts)).tolist()
+        for row, t in zip(prompts.repeat_interleave(samples, dim=0).tolist(), temperatures, strict=True):
             text, _ = decode(row[1:])
             clean = write_trace(read_problem(text))[0]
-            heads = temperature == 0 or torch.rand((), generator=generator) < 0.5
+            heads = torch.rand((), generator=generator) < 1 - t / 2
             completions.append(encode(clean if heads else clean[:-1]) + [eos] + [pad] * (not heads))
         return torch.tensor(completions)
 
@@ -204,20 +255,63 @@ def test_samples_come_problem_by_problem_whatever_the_batch(monkeypatch):
 
 
 def test_evaluation_counts_what_the_verifier_says():
-    problems = draw_problems(100, 2, "test", random.Random(0))
-    metrics, samples = evaluate(Guesser(), problems, 8, 1.0, torch.Generator().manual_seed(0))
-    assert metrics["accuracy_greedy"] == 1 and abs(metrics["accuracy"] - 0.5) < 0.1
-    assert metrics["malformed"] == pytest.approx(1 - metrics["accuracy"]) and len(samples) == 800
+    problems = draw_problems(150, 2, "test", random.Random(0))
+    columns, samples = evaluate(Guesser(), problems, 16, torch.Generator().manual_seed(0))
+    assert columns["accuracy_greedy"] == 1 and abs(columns["accuracy"] - 0.5) < 0.05 < abs(columns["accuracy_0.7"] - 0.5)
+    assert abs(columns["accuracy_0.7"] - 0.65) < 0.08  # of 600 samples: four standard errors
+    assert len(samples) == 150 * 16 and [s[0] for s in samples] == [p for p in problems for _ in range(16)]
+    correct = [[verdict.correct for *_, verdict in samples[i : i + 16]] for i in range(0, len(samples), 16)]
+    assert columns["accuracy"] == pytest.approx(sum(map(sum, correct)) / 2400)
+    assert columns["malformed"] == pytest.approx(1 - columns["accuracy"]) and columns["pass@16"] == 1
+    assert columns["pass@4"] == pytest.approx(sum(by_subsets(4, some) for some in correct) / 150)
+    assert columns["entropy"] == pytest.approx(math.log(VOCAB_SIZE))
     lines = samples_text(samples).splitlines()
     assert [line.split()[0] for line in lines] == ["right"] * 5 + ["wrong"] * 5
     assert len({line.split()[1] for line in lines[:5]}) == len({line.split()[1] for line in lines[5:]}) == 5
     assert all("malformed   first wrong step: 3" in line for line in lines[5:])
+    with pytest.raises(ValueError, match="pass@16 needs at least 16 samples, not 8"):
+        evaluate(Guesser(), problems[:2], 8, torch.Generator())
+
+
+def by_subsets(k, correct):
+    """The share of the subsets of k samples that hold a correct one, counted."""
+    subsets = list(itertools.combinations(correct, k))
+    return sum(map(any, subsets)) / len(subsets)
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample():
+    for n in range(1, 9):
+        for k, right in itertools.product(range(1, n + 1), range(n + 1)):
+            assert pass_at(k, n, right) == pytest.approx(by_subsets(k, [i < right for i in range(n)]))
+    with pytest.raises(ValueError, match="pass@5 needs at least 5 samples, not 4"):
+        pass_at(5, 4, 2)
+
+
+def test_entropy_is_that_of_the_positions_of_the_completions():
+    """Two tokens at 1/2 before the odd ones of a completion, one at 1/2 and two at 1/4 before the even ones."""
+    probabilities = torch.full((2, VOCAB_SIZE), 1e-30)
+    probabilities[0, :2], probabilities[1, :3] = 0.5, torch.tensor([0.5, 0.25, 0.25])
+    texts = (CLEAN, True), (CLEAN[:5], False)  # of 28 tokens with EOS, and of 5
+    samples = [(EXAMPLE, text, finished, verify(EXAMPLE, text, finished)) for text, finished in texts]
+    first = len(prompt_tokens([EXAMPLE])[0]) - 1  # the position before the first token of a completion
+
+    def model(tokens):
+        logits = torch.randn(*tokens.shape, VOCAB_SIZE)  # before prompts and padding, which do not count
+        for row, length in enumerate((28, 5)):
+            logits[row, first : first + length] = probabilities[torch.arange(length) % 2].log() + 3
+        return logits
+
+    by_hand = [math.log(2), 0.5 * math.log(2) + 2 * 0.25 * math.log(4)]
+    expected = (17 * by_hand[0] + 16 * by_hand[1]) / 33
+    assert entropy(model, samples, torch.device("cpu")) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_toy_math_command(tmp_path):
-    run = subprocess.run([sys.executable, "-m", "toy_math"], capture_output=True, text=True, check=True)
-    assert "clean " in run.stdout and "slipped" in run.stdout and "same position" in run.stdout
+    for words, kind, likely in (([], "habit in step ", "wrong in 6"), (["--task", "slips"], " in step ", "wrong in 0% of")):
+        run = subprocess.run([sys.executable, "-m", "toy_math", *words], capture_output=True, text=True, check=True)
+        assert "clean " in run.stdout and "wrong " in run.stdout and "same position" in run.stdout
+        assert kind in run.stdout and likely in run.stdout and ("habit" in run.stdout) == (not words)
     missing = subprocess.run([sys.executable, "-m", "toy_math", str(tmp_path / "none.jsonl")], capture_output=True, text=True)
     assert missing.returncode == 2 and "none.jsonl" in missing.stderr and missing.stderr.count("\n") == 1
     for line in ('{"prompt": "47+8?"}', '{"prompt": "47+8?", "completion": "#55", "label": true}', "not JSON"):

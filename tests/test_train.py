@@ -1,6 +1,7 @@
 """train.py: the real command on a tiny setting, its files, its caches, its refusals."""
 
 import argparse
+import copy
 import csv
 import dataclasses
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,13 +23,14 @@ import train
 from losses import LOSSES
 from plumbing import batches, files, flags, keeper, log
 from plumbing.log import COLUMNS
+from study import results
 from toy_math import rollouts, stages
-from toy_math.problems import verify
+from toy_math.problems import read_problem, verify
 from toy_math.rollouts import read_rows
 
 # One operation, so that a base model of a few seconds already gets answers right and wrong.
-TINY = "--ops 1 --base-steps 300 --slip 0.3 --prompts 24 --rollouts 4 --steps 10 --eval-every 5 --batch-size 8".split()
-TINY += ["--device", "cpu"]
+TINY = "--task habit --ops 1 --base-steps 300 --slip 0.3 --prompts 24 --rollouts 4 --steps 10 --eval-every 5".split()
+TINY += "--batch-size 8 --device cpu".split()
 
 
 def edit_cache(out, change):
@@ -117,6 +120,58 @@ def test_a_finished_run_is_not_repeated_and_force_gives_the_same_log(finished, c
     assert "cached" in capsys.readouterr().out and (folder / "log.csv").stat().st_mtime_ns > changed
     assert without_seconds(folder) == before
     assert all(torch.equal(weights[name], weight) for name, weight in load_file(folder / "model.safetensors").items())
+
+
+def tiny_world(finished, tmp_path):
+    """The World that the `finished` runs started from."""
+    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+    return stages.prepare(train.parse_args([*TINY, "--out", str(tmp_path)]), 0, 24)
+
+
+def test_percentiles_are_those_of_the_monitored_rows(finished, tmp_path):
+    world, (folder,) = tiny_world(finished, tmp_path), folders(finished[0], "fpa")
+    data, model = world.rollouts, stages.GPT(stages.CONFIG)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    mask = torch.cat([torch.zeros(len(data), data.start, dtype=torch.bool), data.mask], dim=1)
+    with torch.no_grad():
+        present, ref = (losses.token_logps(policy(data.inputs), data.inputs, mask).sum(-1) for policy in (model, world.base))
+    logratio, reward = (present - ref).numpy(), data.reward.numpy()  # all rows: of each kind there are fewer than MONITORED
+    assert max((reward > 0).sum(), (reward < 0).sum()) < train.MONITORED
+    first, last = read_log(folder)[0], read_log(folder)[-1]
+    for kind, rows in (("correct", logratio[reward > 0]), ("incorrect", logratio[reward < 0])):
+        for percent in (5, 25, 50, 75, 95):
+            logged = float(last[f"logratio_{kind}_p{percent}"])
+            assert logged == pytest.approx(np.percentile(rows, percent), rel=1e-3, abs=1e-4)
+            assert float(first[f"logratio_{kind}_p{percent}"]) == pytest.approx(0, abs=1e-4)
+        assert float(last[f"logratio_{kind}_below_0"]) == pytest.approx((rows < 0).mean(), abs=1e-6)
+        assert float(last[f"logratio_{kind}"]) == pytest.approx(rows.mean(), rel=1e-3)
+    assert 0 < float(last["logratio_incorrect_below_0"]) < 1
+
+
+def test_test_problems_are_measured_in_the_first_and_the_last_row_only(finished, tmp_path):
+    world = tiny_world(finished, tmp_path)
+    names = [name for name in COLUMNS if name.startswith("test_")]
+    assert names == [f"test_{name}" for name in "accuracy accuracy_0.7 accuracy_greedy pass@4 pass@16 entropy".split()]
+    for folder in folders(finished[0]):
+        rows = read_log(folder)
+        for row, there in zip(rows, (True, False, True), strict=True):
+            assert [row[name] != "nan" for name in names] == [there] * len(names)
+            assert "nan" not in [row[name.removeprefix("test_")] for name in names]
+        model = stages.GPT(stages.CONFIG)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        for column, problems in (("accuracy_greedy", world.validation), ("test_accuracy_greedy", world.test)):
+            answers = rollouts.sample(model, problems, 1, 0.0, torch.Generator())
+            share = sum(verdict.correct for *_, verdict in answers) / len(problems)
+            assert float(rows[-1][column]) == pytest.approx(share, abs=1e-6)
+        prompts = [line.split()[1] for line in (folder / "samples.txt").read_text().splitlines()]
+        assert {read_problem(prompt).split for prompt in prompts} == {"test"}
+
+
+def test_best_is_that_of_the_validation_problems(finished):
+    (folder,) = folders(finished[0], "fpa")
+    run = results.read_run(folder)
+    run.log["accuracy"], run.log["test_accuracy"] = np.array([0.1, 0.3, 0.2]), np.array([0.9, np.nan, 0.8])
+    assert results.summary([run]).splitlines()[2].split()[-5:-2] == ["0.100", "0.300", "0.200"]
 
 
 def test_training_moves_the_way_the_reward_says(finished):
@@ -243,7 +298,9 @@ def test_training_data_start_at_the_first_completion_token(finished, tmp_path):
     with torch.no_grad():
         whole = losses.token_logps(world.base(data.inputs), data.inputs, mask).sum(-1)
     torch.testing.assert_close(data.ref_logp_sum, whole, rtol=1e-4, atol=1e-4)
-    assert len(world.problems) == 24 and not {p.prompt for p in world.problems} & {p.prompt for p in world.test_problems}
+    splits = {"train": (world.problems, 24), "validation": (world.validation, 128), "test": (world.test, 256)}
+    for split, (problems, count) in splits.items():
+        assert len(set(problems)) == count and {problem.split for problem in problems} == {split}
     (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert data.reward.tolist() == [1 if row["label"] else -1 for row in rows]
@@ -251,9 +308,10 @@ def test_training_data_start_at_the_first_completion_token(finished, tmp_path):
     assert torch.equal(data.length, data.mask.sum(-1)) and 0 < world.measured["share_correct"] < 1
 
 
-@pytest.mark.parametrize("flag", ["--ops 2", "--slip 0.2", "--base-steps 7", "--seed 1", "--prompts 9", "--rollouts 3"])
+@pytest.mark.parametrize("flag", ["--ops 2", "--slip 0.2", "--habit 0.5", "--task slips", "--base-steps 7", "--seed 1",
+    "--prompts 9", "--rollouts 3"])  # fmt: skip
 def test_every_setting_of_a_stage_is_in_its_key(flag, tmp_path):
-    plain, changed = (train.parse_args(words + ["--out", str(tmp_path)]) for words in ([], flag.split()))
+    plain, changed = (train.parse_args(["--task", "habit", *words, "--out", str(tmp_path)]) for words in ([], flag.split()))
     before, after = (stages.stage_settings(args, args.seed[0], args.prompts[0]) for args in (plain, changed))
     assert before[1] != after[1] and (before[0] != after[0]) == (flag.split()[0] not in ("--prompts", "--rollouts"))
     path = tmp_path / "file"
@@ -290,9 +348,7 @@ def test_a_stale_reference_is_never_taken_up(finished, tmp_path, capsys):
 
 
 def names_of(words, tmp_path):
-    return [
-        name.rsplit("-", 1)[0] for name in train.run_settings(train.parse_args([*words.split(), "--out", str(tmp_path)]))
-    ]
+    return [name.rsplit("-", 1)[0] for name in train.run_settings(train.parse_args([*words.split(), "--out", str(tmp_path)]))]
 
 
 def test_several_values_run_their_product(tmp_path):
@@ -339,11 +395,21 @@ BAD_FLAGS = [
     ("--batch-size 0", "--batch-size"),
     ("--slip 1.5", "--slip"),
     ("--slip nan", "--slip"),
+    ("--habit 1.5", "--habit"),
+    ("--habit -0.1", "--habit"),
+    ("--habit often", "--habit"),
+    ("--task foo", "habit, slips"),
+    ("--task slips --habit 0.5", "only habit"),
+    ("--task habit --habit 0 --slip 0", "no step of the corpus would be wrong"),
+    ("--slip 0 --task slips", "no step of the corpus would be wrong"),
+    ("--eval-samples 8", "pass@16 needs at least 16, not 8"),
+    ("--eval-samples 0", "--eval-samples"),
+    ("--eval-ops 0", "--eval-ops"),
     ("--lr 0", "--lr"),
     ("--lr inf", "--lr"),
     ("--seed -1", "--seed"),
     ("--seed 99999999999999999999", "--seed"),
-    ("--eval-temperature 0", "--eval-temperature"),
+    ("--eval-temperature 1", "--eval-temperature"),  # there was such a flag
     ("--device tpu", "cpu"),
     ("--nonsense", "--nonsense"),
     ("--loss sft --lam 1", "--lam"),
@@ -379,7 +445,6 @@ BAD_FLAGS = [
     ("--explain sft", "--explain"),
     ("--explain dpo --alpha 2", "--alpha"),
     ("--lr 1e300", "--lr"),
-    ("--eval-temperature 1e-40", "--eval-temperature"),
     ("fpa", "fpa"),  # without its flag
     ("--seed ٣x", "--seed"),
 ]
@@ -400,6 +465,9 @@ SPELLINGS = [  # what somebody types first, and what the one line of the answer 
     ("--losss fpa", "did you mean --loss?"),
     ("FPA", "did you mean --loss FPA?"),
     ("--device gpu", "did you mean cuda?"),
+    ("--task slip", "did you mean slips?"),
+    ("--task Habits", "did you mean habit?"),
+    ("--habbit 0.5", "did you mean --habit?"),
     ("--seed 0-4", "write 0 1 2 3 4"),
     ("--seed 0,1", "write 0 1"),
     ("--lr 1e-3,1e-4", "write 1e-3 1e-4"),
@@ -441,7 +509,8 @@ def test_help_shows_defaults_as_they_are_typed(capsys):
     with pytest.raises(SystemExit):
         train.run(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for default in ("(default: off_rl fpa)", "(default: 1024)", "(default: 0)", "fpa 2,", "(default: runs)"):
+    shown = ("(default: off_rl fpa)", "(default: 1024)", "(default: 0)", "fpa 2,", "(default: runs)")
+    for default in (*shown, "(default: 0.6)", "(default: habit 0.03, slips 0.12)", "(default: --ops)"):
         assert default in text
     assert "None" not in text and "[" not in text.split("options:")[1].replace("[X ...]", "").replace("[N ...]", "").replace(
         "[NAME ...]", ""
@@ -467,6 +536,27 @@ def test_loss_names_in_any_case_and_with_hyphens():
 )
 def test_what_is_reinterpreted_is_said(words, said):
     assert flags.reinterpreted(train.parse_args(words.split()), LOSSES, losses.HYPERPARAMETERS) == said
+
+
+def test_a_task_sets_the_error_rates():
+    def rates(words):
+        args = train.parse_args(words.split())
+        return args.task, args.habit, args.slip
+
+    assert rates("--task habit") == ("habit", 0.6, 0.03) and rates("--task slips") == ("slips", 0, 0.12)
+    assert rates("--task habit --habit 0.5 --slip 0") == ("habit", 0.5, 0)
+    assert rates("--task slips --slip 0.3") == ("slips", 0, 0.3) and rates("") in (rates("--task habit"), rates("--task slips"))
+
+
+def test_the_flags_of_an_evaluation_change_the_run_but_no_stage():
+    def settings(words):
+        args = train.parse_args(words.split())
+        return stages.stage_settings(args, 0, 1024), list(train.run_settings(args))
+
+    stage, names = settings("--loss fpa")
+    for words in ("--eval-ops 8", "--eval-samples 32", "--eval-every 77"):
+        assert settings(f"--loss fpa {words}")[0] == stage and settings(f"--loss fpa {words}")[1] != names
+    assert settings("--loss fpa --eval-ops 6") == (stage, names)
 
 
 def test_a_home_folder_is_expanded(monkeypatch, tmp_path):
@@ -555,10 +645,50 @@ def test_adamw_takes_a_common_scale_out():
     for scale in (1.0, 0.01):
         torch.manual_seed(0)
         model = torch.nn.Linear(8, 3)
-        optimizer, start = keeper.adamw(model, 0.01), model.weight.detach().clone()
+        optimizer, start = keeper.adamw(model.parameters(), 0.01), model.weight.detach().clone()
         for _ in range(20):
             loss = scale * (model(torch.randn(16, 8)).tanh() ** 2).mean()
             assert keeper.update(model, optimizer, loss) < 1  # below the clip
         weights.append(model.weight.detach())
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
     assert (weights[0] - start).abs().max() > 0.05
+
+
+def test_muon_and_adamw_are_torchs_own():
+    """A few steps of MuonAdamW against torch.optim.Muon on the matrices and torch.optim.AdamW on all else."""
+    torch.manual_seed(0)
+    model = stages.GPT(stages.CONFIG)
+    expected, start = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+
+    def parts(m):
+        matrices = [p for name, p in m.named_parameters() if name.startswith("layers.") and name.endswith("_proj.weight")]
+        return matrices, [p for p in m.parameters() if all(p is not matrix for matrix in matrices)]
+
+    ours = keeper.MuonAdamW(model, parts(model)[0], 3e-3, 0.02)
+    matrices, others = parts(expected)
+    assert len(matrices) == 7 * stages.CONFIG.n_layers and len(others) == 2 * stages.CONFIG.n_layers + 2
+    theirs = [torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]  # fmt: skip
+    tokens = torch.randint(stages.CONFIG.vocab_size, (5, 4, 12))
+    for step, factor in enumerate((0.5, 1.0, 1.0, 0.25)):
+        ours.set_factor(factor)
+        keeper.update(model, ours, model(tokens[step]).logsumexp(-1).mean())
+        expected.zero_grad()
+        expected(tokens[step]).logsumexp(-1).mean().backward()
+        torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+        for optimizer, lr in zip(theirs, (0.02, 3e-3)):
+            optimizer.param_groups[0]["lr"] = lr * factor
+            optimizer.step()
+    for (name, parameter), other in zip(model.named_parameters(), expected.parameters()):
+        torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-5)
+        assert (parameter - start[name]).abs().max() > 1e-3
+
+
+def test_muon_has_the_base_models_matrices_but_no_embedding(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(stages, "MuonAdamW", lambda *words: made.append(words) or keeper.MuonAdamW(*words))
+    args = train.parse_args([*TINY, "--base-steps", "2", "--out", str(tmp_path)])
+    stages.base_model(args, 0, stages.stage_settings(args, 0, 24)[0], tmp_path / "base.safetensors")
+    ((model, matrices, *_),) = made
+    names = {name for name, parameter in model.named_parameters() if any(parameter is matrix for matrix in matrices)}
+    assert names == {name for name, parameter in model.named_parameters() if name.endswith("_proj.weight")} != set()

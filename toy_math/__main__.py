@@ -1,48 +1,60 @@
-"""Look at the task: python -m toy_math [ROLLOUTS.jsonl]
+"""Look at the task: python -m toy_math [ROLLOUTS.jsonl] [--task slips]
 
-Prints a few problems, a clean and a slipped trace side by side, and how much incorrect solutions share with correct ones.
-Without a file the solutions come from the slipping corpus itself, which is what the base model learns to imitate.
+Prints a few problems, a clean and a wrong trace side by side, and how much incorrect solutions share with correct ones.
+Without a file the solutions come from the task's corpus itself, which is what the base model learns to imitate.
 """
 
 import argparse
+import itertools
 import random
 
 from plumbing.files import printable_path
-from plumbing.flags import Parser, command, natural
+from plumbing.flags import Parser, command, natural, one_of
 
 from .problems import draw_problems, verify, write_trace
 from .rollouts import overlap, read_rows, rollout_rows
+from .stages import TASKS
 
 
-def solutions(path, problems, rng):
-    """Rows as in rollouts.py, and where they come from, a file or the slipping corpus. Raises UserError on a bad file."""
+def solutions(path, problems, task, rng):
+    """Rows as in rollouts.py, and where they come from, a file or the task's corpus. Raises UserError on a bad file."""
     if path:
         return read_rows(path), path
     repeated = [problem for problem in problems for _ in range(8)]
-    texts = [write_trace(problem, 0.12, rng)[0] for problem in repeated]
+    texts = [write_trace(problem, TASKS[task]["slip"], rng, TASKS[task]["habit"])[0] for problem in repeated]
     rows = rollout_rows([(problem, text, True, verify(problem, text)) for problem, text in zip(repeated, texts)])
-    return rows, "the slipping corpus, 200 problems × 8"
+    return rows, f"the corpus of task {task}, 200 problems × 8"
+
+
+def wrong_trace(problems, task, rng):
+    """A problem, its clean trace, and one with a single error that changes the answer, a habit where the task has one."""
+    slip, habit = TASKS[task]["slip"], TASKS[task]["habit"]
+    for problem in itertools.cycle(problems):
+        clean, _ = write_trace(problem)
+        wrong, slips = write_trace(problem, slip, rng, habit)
+        if len(slips) == 1 and wrong[-2:] != clean[-2:] and (slips[0].kind == "habit") == (habit > 0):
+            return problem, clean, wrong, slips[0]
 
 
 def show(args):
     """Print the page."""
     rng = random.Random(args.seed)
     problems = draw_problems(200, n_ops=6, split="train", rng=rng)
-    rows, source = solutions(args.rollouts, problems, rng)
+    rows, source = solutions(args.rollouts, problems, args.task, rng)
     figures = overlap(rows)
     correct, malformed = (sum(row[key] for row in rows) for key in ("label", "malformed"))
 
-    print("problems")
+    print(f"problems of task {args.task}")
     for problem in problems[:5]:
         print(f"  {problem.prompt:16} -> {write_trace(problem)[0][-2:]}")
+    likely = float(TASKS[args.task]["habit"] > 0.5)  # the most likely trace has every habit, or none
+    wrong = sum(not verify(problem, write_trace(problem, habit_rate=likely)[0]).correct for problem in problems)
+    print(f"  the corpus' most likely answer is wrong in {wrong / len(problems):.0%} of {len(problems)} problems")
 
-    clean, slips = write_trace(problems[0])
-    slipped = clean
-    while len(slips) != 1 or slipped[-2:] == clean[-2:]:  # one slip, and one that changes the answer
-        slipped, slips = write_trace(problems[0], 0.12, rng)
-    marks = "".join("^" if a != b else " " for a, b in zip(clean, slipped))
-    print(f"\nclean and slipped solution of {problems[0].prompt}")
-    print(f"  clean    {clean}\n  slipped  {slipped}   {slips[0].kind} in step {slips[0].step}\n           {marks.rstrip()}")
+    problem, clean, wrong, slip = wrong_trace(problems, args.task, rng)
+    marks = "".join("^" if a != b else " " for a, b in zip(clean, wrong))
+    print(f"\nclean and wrong solution of {problem.prompt}")
+    print(f"  clean    {clean}\n  wrong    {wrong}   {slip.kind} in step {slip.step}\n           {marks.rstrip()}")
 
     print(f"\noverlap of incorrect with correct solutions of the same problem ({source})")
     print(f"  solutions                                                  {len(rows)}: {correct} correct, {malformed} malformed")
@@ -56,7 +68,9 @@ def run(argv=None):
     parser = Parser(prog="python -m toy_math", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rollouts", nargs="?", type=printable_path, metavar="ROLLOUTS.jsonl",
         help="rollouts of a run, e.g. runs/cache/rollouts-….jsonl")  # fmt: skip
-    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="seed of the problems and slips (default: 0)")
+    parser.add_argument("--task", type=one_of(TASKS), default="habit", metavar="NAME", help="errors of the corpus: habit, "
+        "systematic ones, or slips, random ones alone (default: habit)")  # fmt: skip
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="seed of the problems and errors (default: 0)")
     args = parser.parse_args(argv)
     with command(parser.prog):
         show(args)

@@ -1,9 +1,13 @@
-"""Arithmetic problems, their step-by-step traces, the slips in them, and the verifier.
+"""Arithmetic problems, their step-by-step traces, the errors in them, and the verifier.
 
 A problem is a two-digit start and n operations, everything mod 100, e.g. `47+8*3-5?`. Its trace spells every step in
-fixed width, `47+8=55;55*3=65;65-5=60;#60`. In the corpus, each step goes wrong with a small probability in a way a
-student's would (a *slip*), and the later steps follow from the wrong value. The result: correct and incorrect solutions
-of one problem share most of their tokens, which is what entangles their gradients.
+fixed width, `47+8=55;55*3=65;65-5=60;#60`. In the corpus some steps are wrong, and the later steps follow from the wrong
+value. A *slip* is a random error: any step has it with a small probability. A *habit* is a systematic error, as a student's
+buggy rule is: where + or - with a digit of 7, 8 or 9 needs a carry or a borrow, the carry is mostly forgotten. So correct and
+incorrect solutions of one problem share most of their tokens, which entangles their gradients.
+
+The task `slips` has slips alone, and the most likely answer is right. The task `habit` has both, and the most likely answer is
+wrong in more than half of the problems.
 """
 
 import random
@@ -13,7 +17,8 @@ from dataclasses import dataclass
 
 MODULUS = 100
 STEP_WIDTH = len("47+8=55;")
-TEST_SHARE = 8  # one problem in eight belongs to the test split
+SPLITS = {0: "test", 1: "validation"}  # by a problem's checksum modulo 8; all others are of the split "train"
+HABIT_DIGITS = (7, 8, 9)
 PROMPT = re.compile(r"[0-9]{2}([-+*][2-9])+\?")
 DERIVATION = re.compile(r"(\d\d[-+*]\d=\d\d;)+#(\d\d)")
 
@@ -31,14 +36,16 @@ class Problem:
 
     @property
     def split(self):
-        """ "train" or "test", read off the problem itself, so that the two can never overlap."""
-        return "test" if zlib.crc32(self.prompt.encode()) % TEST_SHARE == 0 else "train"
+        """ "train", "validation" or "test", read off the problem itself, so that they can never overlap."""
+        return SPLITS.get(zlib.crc32(self.prompt.encode()) % 8, "train")
 
 
 @dataclass(frozen=True)
 class Slip:
+    """An error of either sort."""
+
     step: int  # 1 is the first step
-    kind: str  # a key of `slip_results`
+    kind: str  # "habit", or a key of `slip_results`
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Verdict:
 
 
 def draw_problem(n_ops, rng):
-    """One problem of either split; rng is a random.Random."""
+    """One problem of any split; rng is a random.Random."""
     return Problem(rng.randrange(MODULUS), tuple((rng.choice("+-*"), rng.randint(2, 9)) for _ in range(n_ops)))
 
 
@@ -94,12 +101,27 @@ def slip_results(op, value, digit):
     return {kind: [r % MODULUS for r in results] for kind, results in kinds.items() if results}
 
 
-def write_trace(problem, slip_rate=0.0, rng=random):
-    """Solve a problem step by step, each step slipping with probability `slip_rate`: (trace, [Slip, ...])."""
+def habit_result(op, value, digit):
+    """What a step gives whose carry or borrow is forgotten; None where the habit does not show in it."""
+    if op == "*" or digit not in HABIT_DIGITS:
+        return None
+    return slip_results(op, value, digit).get("forgotten_carry", [None])[0]
+
+
+def write_trace(problem, slip_rate=0.0, rng=random, habit_rate=0.0):
+    """Solve a problem step by step: (trace, [Slip, ...]).
+
+    A step that needs a carry or borrow with a digit of 7, 8 or 9 forgets it with probability `habit_rate`. Any other step, or
+    one that did not forget, slips with probability `slip_rate`.
+    """
     value, text, slips = problem.start, [], []
     for step, (op, digit) in enumerate(problem.ops, start=1):
         result = apply(op, value, digit)
-        if slip_rate and rng.random() < slip_rate:
+        forgotten = habit_result(op, value, digit) if habit_rate else None
+        if forgotten is not None and rng.random() < habit_rate:
+            result = forgotten
+            slips.append(Slip(step, "habit"))
+        elif slip_rate and rng.random() < slip_rate:
             wrong = slip_results(op, value, digit)
             kind = rng.choice(list(wrong))
             result = rng.choice(wrong[kind])

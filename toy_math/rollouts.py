@@ -17,15 +17,17 @@ from .tokenizer import BOS, EOS, PAD, decode, encode
 
 CPU_ROWS = 384  # sampled at once for each thread of a CPU, whose caches hold the keys and values of so many
 GPU_ROWS = 2048
+PASS_AT = (4, 16)  # the k of pass@k
+COOL_SAMPLES = 4  # of each problem, at temperature 0.7
 
 
-def corpus_rows(count, n_ops, slip_rate, rng):
-    """Slipping solutions of training problems, to imitate: rows that `pack` takes, with their [Slip, ...]."""
+def corpus_rows(count, n_ops, slip_rate, rng, habit_rate=0.0):
+    """Solutions of training problems with errors, to imitate: rows that `pack` takes, with their [Slip, ...]."""
     rows = []
     while len(rows) < count:
         problem = draw_problem(n_ops, rng)
         if problem.split == "train":
-            completion, slips = write_trace(problem, slip_rate, rng)
+            completion, slips = write_trace(problem, slip_rate, rng, habit_rate)
             rows.append({"prompt": problem.prompt, "completion": completion, "finished": True, "slips": slips})
     return rows
 
@@ -48,14 +50,15 @@ def problems_at_once(n_samples, device):
 def sample(model, problems, n_samples, temperature, generator, bar=iter):
     """n_samples completions of each problem, verified, problem by problem: [(problem, text, finished, Verdict)].
 
-    `bar` may wrap the loop over batches in a progress bar.
+    `temperature` is a number, or a list with one for each sample of a problem. `bar` may wrap the loop over batches in a
+    progress bar.
     """
     at_once = problems_at_once(n_samples, generator.device)
     width, samples = max_completion_tokens(len(problems[0].ops)), []
     for first in bar(range(0, len(problems), at_once)):
         some = problems[first : first + at_once]
         prompts = prompt_tokens(some, generator.device)
-        tokens = model.generate(prompts, width, EOS, PAD, temperature, generator, n_samples)
+        tokens = model.generate(prompts, width, EOS, PAD, torch.tensor(temperature), generator, n_samples)
         for row, tokens_of_row in enumerate(tokens.tolist()):
             problem, (text, finished) = some[row // n_samples], decode(tokens_of_row)
             samples.append((problem, text, finished, verify(problem, text, finished)))
@@ -150,21 +153,48 @@ def overlap(rows):
     return {"shared_tokens": sum(shared) / max(n, 1), "common_prefix": sum(prefix) / max(n, 1), "incorrect": n}
 
 
-def evaluate(model, problems, n_samples, temperature, generator):
-    """Accuracy columns of the log, and the samples behind `accuracy`, as `sample` returns them.
+def evaluate(model, problems, n_samples, generator):
+    """Accuracy columns of the log, and the samples at temperature 1, as `sample` returns them.
 
-    `accuracy` is pass@1, the mean over n_samples samples for each problem; `accuracy_greedy` takes the most likely tokens;
-    `malformed` is the share of samples that are not a whole trace.
+    `accuracy` is pass@1 at temperature 1, the mean over n_samples samples of each problem. `accuracy_0.7` is pass@1 at
+    temperature 0.7, over COOL_SAMPLES samples. `accuracy_greedy` takes the most likely tokens. pass@k is the unbiased estimate
+    from the samples at temperature 1, and `malformed` the share of these that are not a whole trace. `entropy`, in nats a
+    token, is the policy's mean entropy at the positions of one sample of each problem. Raises ValueError for fewer samples
+    than a k.
     """
-    sampled = sample(model, problems, n_samples, temperature, generator)
-    greedy = sample(model, problems, 1, 0, generator)
-    verdicts = [verdict for *_, verdict in sampled]
-    metrics = {
-        "accuracy": sum(v.correct for v in verdicts) / len(verdicts),
-        "accuracy_greedy": sum(v.correct for *_, v in greedy) / len(greedy),
-        "malformed": sum(v.malformed for v in verdicts) / len(verdicts),
+    temperatures = [1.0] * n_samples + [0.7] * COOL_SAMPLES + [0.0]  # together, since a wide batch samples faster
+    samples = sample(model, problems, len(temperatures), temperatures, generator)
+    correct = torch.tensor([verdict.correct for *_, verdict in samples], dtype=torch.float).view(len(problems), -1)
+    warm = [s for first in range(0, len(samples), len(temperatures)) for s in samples[first : first + n_samples]]
+    columns = {
+        "accuracy": correct[:, :n_samples].mean().item(),
+        "accuracy_0.7": correct[:, n_samples:-1].mean().item(),
+        "accuracy_greedy": correct[:, -1].mean().item(),
+        "malformed": sum(verdict.malformed for *_, verdict in warm) / len(warm),
+        "entropy": entropy(model, warm[::n_samples], generator.device),
     }
-    return metrics, sampled
+    for k in PASS_AT:
+        chances = [pass_at(k, n_samples, int(count)) for count in correct[:, :n_samples].sum(1)]
+        columns[f"pass@{k}"] = sum(chances) / len(chances)
+    return columns, warm
+
+
+def pass_at(k, n, correct):
+    """The chance that one of k samples is correct, unbiased from n samples of a problem of which some are correct.
+
+    1 - C(n - correct, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374). Raises ValueError where k is above n.
+    """
+    if k > n:
+        raise ValueError(f"pass@{k} needs at least {k} samples, not {n}")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+@torch.no_grad()
+def entropy(model, samples, device):
+    """The mean entropy of the next token at the positions of samples' completions, in nats."""
+    tokens, mask = (x.to(device) for x in pack(rollout_rows(samples)))
+    logps = model(tokens)[:, :-1].float().log_softmax(-1)  # (N, T-1, V)
+    return -(logps.exp() * logps).sum(-1)[mask[:, 1:]].mean().item()
 
 
 def samples_text(samples):

@@ -18,17 +18,18 @@ from losses import optimal_value, prompt_mean, token_logps
 from model import GPT, GPTConfig
 from plumbing.batches import seeded
 from plumbing.files import UserError, digest, locked, read_beside, write_beside, write_tensors, write_text
-from plumbing.flags import count_up_to, share
-from plumbing.keeper import Keeper, OneFile, adamw, update, warmup_cosine
+from plumbing.flags import NO_DEFAULT, count_up_to, one_of, share
+from plumbing.keeper import Keeper, MuonAdamW, OneFile, update, warmup_cosine
 from plumbing.log import FORMAT, Steps, progress
 
 from .problems import draw_problems
-from .rollouts import corpus_rows, overlap, pack, read_rows, rollout_rows, sample
+from .rollouts import PASS_AT, corpus_rows, overlap, pack, read_rows, rollout_rows, sample
 from .tokenizer import VOCAB_SIZE
 
 CONFIG = GPTConfig(vocab_size=VOCAB_SIZE)
-BASE_BATCH, BASE_LR, BASE_WARMUP = 32, 3e-3, 100
-EVAL_PROBLEMS = 256
+TASKS = {"habit": {"habit": 0.6, "slip": 0.03}, "slips": {"habit": 0.0, "slip": 0.12}}  # the error rates of a task's corpus
+BASE_BATCH, BASE_LR, BASE_MUON_LR, BASE_WARMUP = 32, 3e-3, 0.02, 100
+VALIDATION_PROBLEMS, TEST_PROBLEMS = 128, 256
 
 
 # --- what a run gets
@@ -36,12 +37,13 @@ EVAL_PROBLEMS = 256
 
 @dataclass
 class World:
-    """All that a run starts from: the base model, its rollouts, training and test problems, and what was measured of them."""
+    """All that a run starts from: the base model, its rollouts, the problems of each split, and what was measured of them."""
 
     base: GPT  # the reference policy, frozen
     rollouts: "Rollouts"
     problems: list  # of training
-    test_problems: list
+    validation: list  # problems of the evaluations during training
+    test: list  # problems of the first and the last evaluation
     measured: dict  # seconds, share of correct rollouts, overlap
     key: str  # a name for all of it
 
@@ -88,18 +90,28 @@ def stage_settings(args, seed, prompts):
         "format": FORMAT,
         "seed": seed,
         "model": {name: value for name, value in asdict(CONFIG).items() if value is not None},
+        "task": args.task,
         "ops": args.ops,
         "slip": args.slip,
+        **({"habit": args.habit} if args.task == "habit" else {}),
         "base_steps": args.base_steps,
         "base_batch_size": BASE_BATCH,
         "base_lr": BASE_LR,
+        "base_muon_lr": BASE_MUON_LR,
         "base_warmup": BASE_WARMUP,
     }
     return base, {**base, "prompts": prompts, "rollouts": args.rollouts}
 
 
+def evaluation_settings(args):
+    """What determines the evaluations of a run, beside its base model."""
+    settings = {"eval_every": args.eval_every, "eval_samples": args.eval_samples}
+    settings |= {"validation": VALIDATION_PROBLEMS, "test": TEST_PROBLEMS}
+    return settings | ({"eval_ops": args.eval_ops} if args.eval_ops != args.ops else {})
+
+
 def base_model(args, seed, settings, path):
-    """A GPT that has learned the slipping corpus: each trace is new, and only its completion is predicted.
+    """A GPT that has learned the corpus and its errors: each trace is new, and only its completion is predicted.
 
     Goes on from a checkpoint beside `path` where there is one. Raises UserError, NonFiniteError, Interrupted.
     """
@@ -109,17 +121,18 @@ def base_model(args, seed, settings, path):
         print(f"base model    cached       {path}")
         model.load_state_dict(load_file(path))
         return model
-    rows = corpus_rows(args.base_steps * BASE_BATCH, args.ops, args.slip, random.Random(f"{seed}/corpus"))
+    count, rng = args.base_steps * BASE_BATCH, random.Random(f"{seed}/corpus")
+    rows = corpus_rows(count, args.ops, args.slip, rng, settings.get("habit", 0.0))
     print(f"base model    training     {path}   {args.base_steps} steps")
     tokens, mask = (x.to(args.device).split(BASE_BATCH) for x in pack(rows))
-    optimizer, warmup = adamw(model, BASE_LR), min(BASE_WARMUP, args.base_steps // 10)
+    matrices = [parameter for parameter in model.layers.parameters() if parameter.ndim == 2]
+    optimizer, warmup = MuonAdamW(model, matrices, BASE_LR, BASE_MUON_LR), min(BASE_WARMUP, args.base_steps // 10)
     steps, began = Steps("base model, "), time.time()
     store = OneFile(path.with_suffix(".checkpoint"), model, optimizer, args.device)
     saving = {"total": args.base_steps, "every": args.save_every, "resume": args.resume}
     with Keeper(store, {"steps": steps}, desc="base model", title="base model    ", **saving) as keeper:
         for step in keeper.steps():
-            for group in optimizer.param_groups:
-                group["lr"] = BASE_LR * warmup_cosine(step, warmup, args.base_steps)
+            optimizer.set_factor(warmup_cosine(step, warmup, args.base_steps))
             loss = -token_logps(model(tokens[step]), tokens[step], mask[step]).sum() / mask[step].sum()
             update(model, optimizer, loss)
             steps.add(loss=loss)
@@ -131,11 +144,13 @@ def base_model(args, seed, settings, path):
 
 
 def draw_splits(args, seed, prompts):
-    """The training problems that are rolled out and the test problems of the evaluations."""
-    return (
-        draw_problems(prompts, args.ops, "train", random.Random(f"{seed}/train")),
-        draw_problems(EVAL_PROBLEMS, args.ops, "test", random.Random(f"{seed}/test")),
-    )
+    """The training problems that are rolled out, and the validation and test problems of the evaluations."""
+    counts = {
+        "train": (prompts, args.ops),
+        "validation": (VALIDATION_PROBLEMS, args.eval_ops),
+        "test": (TEST_PROBLEMS, args.eval_ops),
+    }
+    return tuple(draw_problems(*count, split, random.Random(f"{seed}/{split}")) for split, count in counts.items())
 
 
 def rollouts(args, seed, model, problems, path):
@@ -183,7 +198,7 @@ def prepare(args, seed, prompts):
 
     Raises UserError where all rollouts are correct, or none is, and what the stages raise.
     """
-    train_problems, test_problems = draw_splits(args, seed, prompts)
+    problems, validation, test = draw_splits(args, seed, prompts)
     base_settings, rollout_settings = stage_settings(args, seed, prompts)
     cache = args.out / "cache"
     cache.mkdir(parents=True, exist_ok=True)
@@ -191,11 +206,11 @@ def prepare(args, seed, prompts):
     with locked(base_path.with_suffix(".lock"), base_path, wait=True):
         base = base_model(args, seed, base_settings, base_path)
         rollouts_path = cache / f"rollouts-{digest(rollout_settings, base_path)}.jsonl"
-        rows, rollout_facts = rollouts(args, seed, base, train_problems, rollouts_path)
+        rows, rollout_facts = rollouts(args, seed, base, problems, rollouts_path)
         if len({row["label"] for row in rows}) < 2:
             missing = "incorrect" if rows[0]["label"] else "correct"
             raise UserError(
-                f"none of the {len(rows)} rollouts is {missing}: change --slip, --base-steps, --prompts or --rollouts"
+                f"none of the {len(rows)} rollouts is {missing}: change --habit, --slip, --base-steps, --prompts or --rollouts"
             )
         tokens, mask = (x.to(args.device) for x in pack(rows))
         start = len(rows[0]["prompt"])  # after BOS, the last prompt token: it predicts the first completion token
@@ -214,7 +229,7 @@ def prepare(args, seed, prompts):
         value=optimal_value(reward, ids),
         mean_reward=prompt_mean(reward, ids),
     )
-    return World(base, made, train_problems, test_problems, rollout_facts | reference_facts, reference_path.stem)
+    return World(base, made, problems, validation, test, rollout_facts | reference_facts, reference_path.stem)
 
 
 def add_task_flags(parser):
@@ -223,6 +238,30 @@ def add_task_flags(parser):
     add("--prompts", nargs="+", default=[1024], type=count_up_to(10**6), metavar="N", help="training problems to roll out")
     add("--rollouts", default=8, type=count_up_to(1000), metavar="N", help="samples for each training problem, "
         "and in a group of grpo's")  # fmt: skip
+    add("--task", default="slips", type=one_of(TASKS), metavar="NAME", help="errors of the base model's corpus: habit, "
+        "systematic ones, or slips, random ones alone")  # fmt: skip
     add("--ops", default=6, type=count_up_to(50), metavar="N", help="operations in a problem")
-    add("--slip", default=0.12, type=share, metavar="X", help="probability that a step of the base model's corpus is wrong")
-    add("--base-steps", default=3000, type=count_up_to(200_000), metavar="N", help="training steps of the base model")
+    add("--habit", type=share, metavar="X", help="habit: probability that a step forgets its carry or borrow with a digit of "
+        f"7, 8 or 9 (default: {TASKS['habit']['habit']}){NO_DEFAULT}")  # fmt: skip
+    defaults = ", ".join(f"{task} {rates['slip']}" for task, rates in TASKS.items())
+    add("--slip", type=share, metavar="X", help=f"probability that a step is wrong at random (default: {defaults}){NO_DEFAULT}")
+    add("--base-steps", default=1500, type=count_up_to(200_000), metavar="N", help="training steps of the base model")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", default=100, type=count_up_to(10**9), metavar="N", help="steps between evaluations")
+    add("--eval-samples", default=16, type=count_up_to(1000), metavar="N", help="samples at temperature 1 of each problem")
+    add("--eval-ops", type=count_up_to(50), metavar="N", help=f"operations in a problem of the evaluations (default: --ops)"
+        f"{NO_DEFAULT}")  # fmt: skip
+
+
+def settle_task_flags(parser, args):
+    """Fill in the task's error rates, and refuse flags at odds. Raises nothing: a wrong flag ends the command."""
+    if args.habit is not None and args.task != "habit":
+        parser.error(f"argument --habit: --task {args.task} has none; only habit")
+    for name, rate in TASKS[args.task].items():
+        if getattr(args, name) is None:
+            setattr(args, name, rate)
+    if not args.habit and not args.slip:
+        parser.error("argument --slip: no step of the corpus would be wrong; --habit or --slip must be above 0")
+    args.eval_ops = args.eval_ops or args.ops
+    if args.eval_samples < max(PASS_AT):
+        parser.error(f"argument --eval-samples: pass@{max(PASS_AT)} needs at least {max(PASS_AT)}, not {args.eval_samples}")

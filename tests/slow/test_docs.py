@@ -22,7 +22,7 @@ from model import GPTConfig
 from plumbing.log import COLUMNS, progress_line
 from study import claims, results
 
-ROOT, RESULTS = Path(__file__).resolve().parents[2], Path("results")
+ROOT, RESULTS = Path(__file__).resolve().parents[2], Path("results/slips")
 README, PAGES = Path("README.md"), sorted(Path("docs").glob("*.md"))
 TEXTS = {path: path.read_text() for path in (README, *PAGES)}
 OURS = [path for path in TEXTS if path.name != "bench.md"]  # study/bench.py writes that one
@@ -167,7 +167,7 @@ def test_named_tests_exist():
     code = "\n".join(path.read_text() for path in Path("tests").rglob("test_*.py"))
     for path in TEXTS:
         for name in re.findall(r"`(test_\w+)`", TEXTS[path]):
-            assert f"def {name}(" in code, name
+            assert f"def {name}(" in code or name in COLUMNS, name
 
 
 # --- code and tables that are pasted
@@ -193,7 +193,7 @@ def test_the_table_of_coefficients_is_that_of_the_code():
 def test_the_glossary_is_the_log():
     text = TEXTS[Path("docs/log_columns.md")].split("## The columns of log.csv")[1].split("\n## ")[0]
     cells = [re.split(r"(?<!\\)\|", line)[1] for line in text.splitlines() if line.startswith("| `")]
-    assert re.findall(r"`([\w.]+)`", " ".join(cells)) == COLUMNS
+    assert re.findall(r"`([\w.@]+)`", " ".join(cells)) == COLUMNS
 
 
 SHAPES = {  # as published
@@ -231,7 +231,7 @@ def test_the_prompt_of_full_scale_is_the_one_that_is_asked():
 
 def test_pasted_task_is_what_the_command_prints():
     printed = subprocess.run([sys.executable, "-m", "toy_math"], capture_output=True, text=True, check=True).stdout
-    (pasted,) = [block for path in TEXTS for block in blocks(path) if "forgotten_carry" in block]
+    (pasted,) = [block for path in TEXTS for block in blocks(path) if "habit in step" in block]
     assert pasted in printed
 
 
@@ -284,7 +284,7 @@ def test_the_findings_numbers_are_those_of_results_md():
 
 
 def test_the_findings_show_every_figure():
-    shown = re.findall(r"\(\.\./results/figures/(\w+)\.png\)", TEXTS[Path("docs/findings.md")])
+    shown = re.findall(r"\(\.\./results/slips/figures/(\w+)\.png\)", TEXTS[Path("docs/findings.md")])
     assert sorted(shown) == sorted(path.stem for path in (RESULTS / "figures").glob("*.png"))
 
 
@@ -299,11 +299,9 @@ def insert(path, after, mark, text):
 
 
 RECOGNISED = """
-from pathlib import Path
-from study import experiments, results
-ids = {run for runs in experiments.members().values() for run in runs}
-assert ids == {run.folder.name for run in results.read_folder(Path("results"))}, "a committed run has another id now"
-"""
+from study import experiments
+print(sorted(run for runs in experiments.members().values() for run in runs))
+"""  # a new loss or flag renames no run
 
 
 def test_the_three_steps_add_a_loss(tmp_path):
@@ -330,4 +328,5 @@ def test_the_three_steps_add_a_loss(tmp_path):
     assert "tilted with FPA, λ = 2, γ = 0.25" in printed
     names = [path.parent.name for path in (copy / "runs").glob("*/log.csv")]
     assert len(names) == 2 and all("tilted" in name and "gamma0.25" in name for name in names)
-    python("-c", RECOGNISED)
+    before = subprocess.run([sys.executable, "-c", RECOGNISED], capture_output=True, text=True, check=True).stdout
+    assert before.count("'") > 50 and python("-c", RECOGNISED) == before

@@ -129,7 +129,7 @@ def test_weights_of_noise_are_read_or_refused(place, change):
     path = place / "checkpoint.safetensors"
     path.write_bytes(content)
     model = empty_model(MODEL).to_empty(device="cpu")
-    refused_or(keeper.load_checkpoint, path, model, keeper.adamw(model, 1e-3))
+    refused_or(keeper.load_checkpoint, path, model, keeper.adamw(model.parameters(), 1e-3))
 
 
 @anything(NOISE, NOISE | JSON.map(lambda x: json.dumps(x).encode()))
@@ -283,8 +283,7 @@ BAD_RUNS = {
     **{
         f"another {name}": ({"config.json": lambda text, n=name, v=value: edited(text, n, v)}, "no finished run below")
         for name, value in {
-            "lr": "x", "loss": "ppo", "seed": [1], "beta": "x", "lam": "x", "eval_temperature": "x", "steps": None,
-            "target": [1],
+            "lr": "x", "loss": "ppo", "seed": [1], "beta": "x", "lam": "x", "steps": None, "target": [1],
         }.items()
     },
 }  # fmt: skip
@@ -309,7 +308,7 @@ def test_bad_logs_are_named(change, message, finished, tmp_path, capsys):
     assert len(lines) == 1 + (bool(change) and "version" not in message) and not (tmp_path / "figures").exists()
 
 
-@pytest.mark.parametrize("argument", ["--seed x", "none.jsonl", "--nonsense"])
+@pytest.mark.parametrize("argument", ["--seed x", "--task foo", "none.jsonl", "--nonsense"])
 def test_bad_arguments_of_toy_math(argument):
     result = command("toy_math", *argument.split(), program="-m")
     assert result.returncode == 2 and argument.split()[0] in result.stderr and result.stderr.count("\n") == 1
@@ -324,13 +323,13 @@ def test_output_that_goes_nowhere(words):
 
 
 def test_a_table_that_is_gone_or_a_folder_that_is_a_file_is_named_before_any_work(tmp_path, capsys):
-    shutil.copytree(ROOT / "results", tmp_path / "results")
+    shutil.copytree(ROOT / "results" / "slips", tmp_path / "results")
     (tmp_path / "results" / "curves.csv").unlink()
     code, error = refusal(plots.run, [tmp_path / "results"], capsys)
     assert code == 2 and error == f"plots.py: error: {tmp_path / 'results' / 'curves.csv'}: no such file\n"
     (tmp_path / "file").touch()
     for flag in ("--to", "--out"):
-        code, error = refusal(experiments.run, ["tokens", flag, tmp_path / "file"], capsys)
+        code, error = refusal(experiments.run, ["main", flag, tmp_path / "file"], capsys)
         assert code == 2 and f"argument {flag}: {tmp_path / 'file'} is not a folder" in error and error.count("\n") == 1
 
 

@@ -51,8 +51,8 @@ def few():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw_figures", lambda *_: None)
         patch.setattr(diagnostics, "PAIRS", 4)
-        for module in (stages, train):
-            patch.setattr(module, "EVAL_PROBLEMS", 8)
+        patch.setattr(stages, "VALIDATION_PROBLEMS", 8)
+        patch.setattr(stages, "TEST_PROBLEMS", 8)
         yield
 
 
@@ -206,10 +206,15 @@ def test_a_finished_run_whose_log_is_torn_is_not_taken_for_one(whole, tmp_path, 
     assert "already finished" not in capsys.readouterr().out and contents(tmp_path / "runs") == contents(whole)
 
 
-def test_a_checkpoint_is_all_of_model_and_optimizer(tmp_path):
+def muon_and_adamw(model):
+    return keeper.MuonAdamW(model, [p for p in model.layers.parameters() if p.ndim == 2], 1e-3, 0.02)
+
+
+@pytest.mark.parametrize("made", [lambda model: keeper.adamw(model.parameters(), 1e-3), muon_and_adamw])
+def test_a_checkpoint_is_all_of_model_and_optimizer(made, tmp_path):
     torch.manual_seed(0)
     model, other = stages.GPT(stages.CONFIG), stages.GPT(stages.CONFIG)
-    optimizer, others = (stages.adamw(m, 1e-3) for m in (model, other))
+    optimizer, others = made(model), made(other)
     tokens = torch.randint(stages.CONFIG.vocab_size, (2, 9))
 
     def step(m, o):
@@ -312,7 +317,7 @@ def test_a_signal_while_the_base_model_trains(tmp_path):
     assert process.returncode == 143 and error.count("\n") == 1, error
     (checkpoint,) = tmp_path.glob("cache/*.checkpoint")
     model = stages.GPT(stages.CONFIG)
-    state, _ = keeper.load_checkpoint(checkpoint, model, stages.adamw(model, 1e-3))
+    state, _ = keeper.load_checkpoint(checkpoint, model, muon_and_adamw(model))
     assert 50 <= state["step"] < 3000
 
 
@@ -533,7 +538,7 @@ def test_steps_that_are_not_finite_may_be_skipped(few, out, monkeypatch):
 def test_a_skipped_step_changes_nothing_but_the_count():
     torch.manual_seed(0)
     model = stages.GPT(stages.CONFIG)
-    optimizer = stages.adamw(model, 1e-3)
+    optimizer = keeper.adamw(model.parameters(), 1e-3)
     before = [parameter.clone() for parameter in model.parameters()]
     for value in (float("nan"), float("inf")):
         loss = model(torch.zeros(1, 3, dtype=torch.long)).sum() * value

@@ -78,7 +78,7 @@ def test_the_page_in_a_browser(report):
 def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "with_table", lambda runs, name: [])
     with pytest.raises(UserError, match="try: python train.py --diagnostics"):
-        page.write_page(results.read_folder(Path("results"))[:1], tmp_path / "report.html")
+        page.write_page(results.read_folder(Path("results/slips"))[:1], tmp_path / "report.html")
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(UserError, match="pip install plotly"):
         page.write_page([], tmp_path / "report.html")

@@ -1,6 +1,7 @@
 """Whole runs of train.py: every loss, online sampling, several at once, failures beside others, all on a tiny setting."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -15,8 +16,8 @@ from test_train import TINY, command, edit_cache, folders, read_log, run_with_ca
 import train
 from losses import LOSSES
 from study import results
-from toy_math import rollouts
-from toy_math.problems import Verdict
+from toy_math import rollouts, stages
+from toy_math.problems import Verdict, read_problem
 
 
 def test_the_whole_pipeline_repeats_with_its_seed(finished, tmp_path):
@@ -30,7 +31,9 @@ def test_targets_in_the_real_loop(finished, tmp_path):
     assert len({logs[f"fpa-lam8-{target}"]["logratio_incorrect"] for target in ("both", "correct", "incorrect")}) == 3
 
 
-def test_every_loss_in_the_real_loop(finished, tmp_path):
+def test_every_loss_in_the_real_loop(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "VALIDATION_PROBLEMS", 8)  # what is tested is the loop, not what is measured
+    monkeypatch.setattr(stages, "TEST_PROBLEMS", 8)
     words = ["--loss", *LOSSES, "--lam", "3", "--jobs", "1", "--eval-every", "10", "--prompts", "24"]
     logs = {f.name.split("-prompts")[0]: read_log(f)[-1] for f in run_with_cache(finished, tmp_path, *words)}
     names = ["off_rl", "fpa-lam3-both", "simper-lam3-both", "dpo-lam3-both-beta0.1", "rpo-lam3-both-beta0.1-alpha1", "sft"]
@@ -97,13 +100,26 @@ def test_a_step_whose_groups_all_have_one_reward_changes_nothing(finished, tmp_p
     assert last["tokens_trained"] == "0" and int(last["tokens_sampled"]) > 0 and last["coefficient_correct"] == "nan"
 
 
-def test_evaluation_temperature_is_used(finished, tmp_path):
-    (cold,) = run_with_cache(finished, tmp_path, "--loss", "off_rl", "--eval-temperature", "0.001")
-    warm = read_log(folders(finished[0], "off_rl")[0])
-    assert [row["accuracy_greedy"] for row in read_log(cold)] == [row["accuracy_greedy"] for row in warm]
-    for row, other in zip(read_log(cold), warm):
-        assert float(row["accuracy"]) == pytest.approx(float(row["accuracy_greedy"]), abs=0.02)
-        assert row["accuracy"] != other["accuracy"]
+def test_evaluations_may_ask_longer_problems(finished, tmp_path, capsys):
+    (folder,) = run_with_cache(finished, tmp_path, "--loss", "off_rl", "--eval-ops", "2")
+    printed, (short,) = capsys.readouterr().out, folders(finished[0], "off_rl")
+    assert all(f"{stage} cached" in printed for stage in ("base model   ", "rollouts     ", "reference    "))
+    prompts = [line.split()[1] for line in (folder / "samples.txt").read_text().splitlines()]
+    assert prompts and {len(read_problem(prompt).ops) for prompt in prompts} == {2}
+    config, plain = (json.loads((one / "config.json").read_text()) for one in (folder, short))
+    assert (config["ops"], config["eval_ops"]) == (1, 2) and "eval_ops" not in plain and folder.name != short.name
+    rows, others = read_log(folder), read_log(short)
+    for name in ("loss", "logratio_correct", "logratio_incorrect_p5"):  # the training is the same
+        assert [row[name] for row in rows] == [row[name] for row in others]
+    assert float(rows[0]["accuracy"]) < float(others[0]["accuracy"])  # it has never seen a second operation
+
+
+def test_a_base_model_of_the_task_slips(tmp_path):
+    train.run([*TINY, "--task", "slips", "--loss", "off_rl", "--out", str(tmp_path)])
+    (folder,) = folders(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["task"] == "slips" and config["slip"] == 0.3 and "habit" not in config
+    assert 0 < config["measured"]["share_correct"] < 1
 
 
 def test_gradient_is_clipped_and_coefficients_and_counts_are_logged(finished, tmp_path, monkeypatch):
