@@ -1,7 +1,8 @@
 """What `--diagnostics` measures beside the log, on the first pairs of a correct and an incorrect rollout of the same problem.
 
-entanglement.csv   (claim C2): norms and inner products of the trajectories' gradients, an evaluation a row
-tokens.csv         every token of a few pairs: its log-ratio, and its log-probability under the reference and the future policy
+entanglement.csv   (claim C2): norms and inner products of the trajectories' gradients, and what a step of the run's own loss on
+                   a pair does to its correct trajectory, an evaluation a row
+tokens.csv         every token of some pairs: its log-ratio, and its log-probability under the reference and the future policy
 extrapolation.csv  (claim C10): how far the future policy of step t is from the policy of a later step t', against the present's
 
 Left out: the gradients' entanglement between different problems, and the covariances of Yuan et al. (2024).
@@ -10,20 +11,38 @@ Left out: the gradients' entanglement between different problems, and the covari
 import numpy as np
 import torch
 
-from losses import future_logits, token_logps
+from losses import LOSSES, future_logits, objective, token_logps
 from plumbing.batches import pair_order
 from plumbing.files import write_csv
 
-PAIRS, TOKEN_PAIRS = 32, 2
+PAIRS, TOKEN_PAIRS = 32, 16
 SNAPSHOTS = [10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960]  # so that t' = (1 + lam) t is among them
 LAMS = [0.5, 1, 2, 3, 5, 7]
 
 
-def entanglement(model, rollouts, pairs):
+@torch.no_grad()
+def coefficients(model, rollouts, pairs, run):
+    """The run's own coefficients C (P, 2) of pairs (P, 2); NaN of a loss that takes what only its training step has, as kto."""
+    b = rollouts[pairs.T.flatten()]  # the correct rows first
+    logits = model(b.inputs, b.start)
+    b.logps = token_logps(logits, b.tokens, b.mask)
+    b.logp_sum = b.logps.sum(-1)
+    b.future_logp_sum = token_logps(future_logits(logits, b.ref_logits, run.lam), b.tokens, b.mask).sum(-1)
+    b.logratio = b.logp_sum - b.ref_logp_sum
+    if not all(hasattr(b, name) for name in LOSSES[run.loss].inputs):
+        return torch.full(pairs.shape, torch.nan, device=pairs.device)
+    return objective(b, run)[1].view(2, -1).T
+
+
+def entanglement(model, rollouts, pairs, run):
     """Means over pairs (P, 2) of row numbers, a correct and an incorrect one, of their gradients of logp_sum.
 
     a = |grad logp_w|^2, b = |grad logp_l|^2, g their inner product, cosine = g / sqrt(a b), and the share of pairs with g > a,
     whose correct trajectory loses probability in a small step that weights both alike (Yuan et al., arXiv 2410.13828).
+
+    net = C_w a - C_l g decides for the run's loss, which weights them by its own C. It is the slope of logp_w, in nats per unit
+    of learning rate, along -grad of the pair's summed loss, -C_w logp_w + C_l logp_l. Below 0 a small step on the pair lowers
+    its correct trajectory.
     """
     products = []
     for pair in pairs:
@@ -35,7 +54,10 @@ def entanglement(model, rollouts, pairs):
         correct, incorrect = gradients
         products.append(torch.stack([correct @ correct, incorrect @ incorrect, correct @ incorrect]))
     a, b, g = torch.stack(products).T  # (P,) each
+    weight_w, weight_l = coefficients(model, rollouts, pairs, run).T
+    net = weight_w * a - weight_l * g
     means = {"a": a, "b": b, "g": g, "cosine": g / (a * b).sqrt(), "share_g_above_a": (g > a).float()}
+    means |= {"net": net, "share_net_below_0": (net < 0).float().masked_fill(net.isnan(), torch.nan)}
     return {name: value.mean().item() for name, value in means.items()}
 
 
@@ -58,7 +80,10 @@ def token_logratios(model, rollouts, pairs, lam):
             length = b.length[side]
             ids = b.tokens[side, 1 : 1 + length].tolist()
             columns = {"logratios": logps - ref_logps, "ref_logps": ref_logps, "future_logps": future_logps}
-            texts = {key: " ".join(f"{x:.3f}" for x in values[side, :length]) for key, values in columns.items()}
+            texts = {
+                key: " ".join(f"{round(x, 3) + 0.0:g}" for x in values[side, :length].tolist())  # + 0.0: no "-0"
+                for key, values in columns.items()
+            }
             rows.append({"pair": number, "side": name, "first_wrong": first, "tokens": " ".join(map(str, ids)), **texts})
     return rows
 
@@ -97,12 +122,12 @@ def extrapolation(snapshots, later, b):
 class Observer:
     """Call it before every step and after the last one; it measures and writes the tables. A part of a checkpoint.
 
-    It observes the first pairs that a loss on pairs would train on. run.lam is the λ of tokens.csv's future policy. Raises
-    UserError where there are no pairs.
+    It observes the first pairs that a loss on pairs would train on. `run` holds the loss, whose C it takes, and the λ of
+    tokens.csv's future policy. Raises UserError where there are no pairs.
     """
 
     def __init__(self, model, rollouts, run, folder):
-        self.model, self.rollouts, self.lam, self.folder = model, rollouts, run.lam, folder
+        self.model, self.rollouts, self.run, self.folder = model, rollouts, run, folder
         pairs = pair_order(rollouts.reward, rollouts.problem_ids, 1, 2 * PAIRS, run.seed).view(2, -1).T  # (P, 2)
         self.pairs = pairs.to(rollouts.reward.device)
         self.token_pairs = self.pairs[rollouts.clean[self.pairs[:, 0]]][:TOKEN_PAIRS]
@@ -117,8 +142,8 @@ class Observer:
                 self.snapshots[step] = self.model(b.inputs, b.start)
             added["extrapolation"] = list(extrapolation(self.snapshots, step, b))
         if at_evaluation:
-            added["entanglement"] = [{"step": step, **entanglement(self.model, self.rollouts, self.pairs)}]
-            tokens = token_logratios(self.model, self.rollouts, self.token_pairs, self.lam)
+            added["entanglement"] = [{"step": step, **entanglement(self.model, self.rollouts, self.pairs, self.run)}]
+            tokens = token_logratios(self.model, self.rollouts, self.token_pairs, self.run.lam)
             added["tokens"] = [{"step": step, **row} for row in tokens]
         for name, new in added.items():
             if new:

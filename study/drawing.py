@@ -1,11 +1,13 @@
 """What the figures share: colours, curves, legends, and the loop that draws figures into a folder.
 
 A figure is a function `figure_…` of runs. It returns (figure, the runs that it shows), or None where it has no runs to show.
-Its docstring is the caption. Several seeds become their mean and its 95 % confidence interval (Student's t).
+The first paragraph of its docstring is the caption, which says how to read it. Several seeds become their mean and its 95 %
+confidence interval (Student's t).
 """
 
 import hashlib
 import json
+import textwrap
 
 import matplotlib
 
@@ -20,6 +22,7 @@ from study.results import by, by_method, describe, final, fpa_runs, label, mean_
 
 PI, PIHAT = r"$\bar{\pi}$", r"future $\bar{\pi}$"  # trajectory probability under the present and under the future policy
 CORRECTNESS = {"correct": "-", "incorrect": "--"}  # line styles
+MOST_LINES = 7  # in a panel; more cannot be told apart
 LAST_OR_BEST = {"Final accuracy": final, "Best accuracy": lambda run: run.log["accuracy"].max()}
 COLOURS = {  # Okabe and Ito's palette and some of Paul Tol's colours, safe for colour-blind readers
     "off_rl": "#D55E00", "fpa": "#0072B2", "sft": "#009E73", "constant": "#CC79A7", "sharpened": "#E69F00", "grpo": "#333333",
@@ -58,7 +61,8 @@ def panel_accuracy(axis, methods):
     for colour, _, runs in coloured(methods):
         draw(axis, runs, lambda log: log["accuracy"], colour)
         axis.axhline(np.mean([run.log["accuracy"][0] for run in runs]), color="0.6", linewidth=0.8, zorder=0)
-    axis.set(title="Accuracy on test problems", ylabel="pass@1", ylim=(0, 1))
+    split = "validation" if "test_accuracy" in runs[0].log else "test"  # the first study's accuracies are on test problems
+    axis.set(title=f"Accuracy on {split} problems", ylabel="pass@1", ylim=(0, 1))
 
 
 def canvas(height, width, row_height=3.4):
@@ -80,15 +84,39 @@ def over_steps(panels, height, width, methods):
         axis.set_xlabel("training step")
         axis.locator_params(axis="x", nbins=5)
     styles = [Line2D([], [], color="0.3", linestyle=s, label=f"{kind} trajectories") for kind, s in CORRECTNESS.items()]
-    legend(figure, methods, styles)
+    dashed = any(line.get_linestyle() == CORRECTNESS["incorrect"] for axis in axes for line in axis.lines)
+    legend(figure, methods, styles if dashed else ())
     return figure
 
 
+def kinds_for(methods):
+    """The trajectories that a panel shows of each method: both kinds, or the correct ones where both are too many lines."""
+    return CORRECTNESS if len(CORRECTNESS) * len(methods) <= MOST_LINES else {"correct": "-"}
+
+
 def few(runs, most=6):
-    """At most so many methods: all, or Off-RL and FPA at λ = 2 where there are more."""
+    """At most so many methods: Off-RL and FPA at λ = 2 where there are more, or the first ones where both are absent."""
     if len(by_method(runs)) > most:
-        runs = where(runs, loss="off_rl") + fpa_runs(runs) or where(runs, loss=runs[0].config["loss"])
-    return runs
+        runs = where(runs, loss="off_rl") + fpa_runs(runs) or runs
+    return [run for some in list(by_method(runs).values())[:most] for run in some]
+
+
+# --- single tokens
+
+HIT, MEDIAN = 0.1, 0.5  # shares of the recorded pairs that are dragged down more than the one shown
+
+
+def by_drag(table):
+    """{pair: its correct trace's summed log-ratio at the last step} of a run's tokens, the pair dragged down most first."""
+    at = (table["side"] == "correct") & (table["step"] == table["step"].max())
+    sums = {int(pair): sum(map(float, text.split())) for pair, text in zip(table["pair"][at], table["logratios"][at])}
+    return dict(sorted(sums.items(), key=lambda item: item[1]))
+
+
+def pair_at(share, table):
+    """The pair that this share of a table's pairs is dragged down more than."""
+    pairs = list(by_drag(table))
+    return pairs[int(share * len(pairs))]
 
 
 # --- a folder of figures
@@ -98,6 +126,11 @@ def fingerprint(runs):
     """Of the logs behind a figure; stored in the PNG, so that a test can tell whether a committed figure is theirs."""
     rows = [(run.config, {name: column.tolist() for name, column in run.log.items()}) for run in runs]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def caption(function):
+    """A figure's: the first paragraph of its docstring."""
+    return " ".join(function.__doc__.split("\n\n")[0].split())
 
 
 def draw_all(figures, runs, to, means_only=()):
@@ -116,7 +149,7 @@ def draw_all(figures, runs, to, means_only=()):
             counted += ": mean" if name in means_only else ": mean and 95 % interval"
         settings = by(chosen, lambda run: run.setting)
         setting = describe(chosen[0].config) if len(settings) == 1 else f"{len(settings)} settings"
-        figure.suptitle(f"{function.__doc__.splitlines()[0]}\n{setting}; {counted}", fontsize=9)
+        figure.suptitle(f"{textwrap.fill(caption(function), 140)}\n{setting}; {counted}", fontsize=9)
         with replacing(to / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png", dpi=110, metadata={"Description": fingerprint(chosen)})
         plt.close(figure)

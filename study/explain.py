@@ -2,9 +2,12 @@
 
     python -m study.explain fpa      # or off_rl, simper, dpo, rpo, kto: each beside its FPA form; flags as train.py's
 
-The pair is a correct and an incorrect rollout of the same problem. First the policy takes some steps of the plain loss from the
-base model, where the future policy would be the present one. The step explained is of plain gradient descent, on this pair
-alone. Both forms take it with one learning rate, so that they differ in their coefficients only.
+First the policy takes some steps of the plain loss from the base model, where the future policy would be the present one. The
+pair is a correct and an incorrect rollout of the same problem, from these steps' batches. It is the one that shares most before
+it parts: the longest prefix, as a share of the longer rollout, the first of ties, where the correct rollout has no wrong step.
+The step explained is of plain gradient descent, on this pair alone. Both forms take it with one learning rate, so that they
+differ in their coefficients only. Beside the pair's sums stand their means over the first 64 such pairs, each of which takes
+its own step.
 """
 
 import copy
@@ -24,6 +27,8 @@ from toy_math.tokenizer import decode
 
 WALK = 100  # steps of the plain loss before the one that is explained
 STEP = 5e-4  # the learning rate of that one
+PAIRS = 64  # whose means are printed beside it
+PRESENT, FUTURE = "C(π)", "C(π̂)"  # the two forms
 MARKS = ((0.2, "↑", "↓"), (0.02, "+", "-"), (0.0, "·", "·"))  # for changes of at least this share of the largest
 
 
@@ -95,21 +100,58 @@ def explain(args):
     clean = candidates[rollouts.clean[candidates[:, 0]]]  # so that they part at the first wrong token
     if not len(clean):
         raise UserError("no correct rollout without a wrong step: change --slip, --base-steps, --prompts or --rollouts")
-    pair = clean[0]
+    pair = clean[shared_share(rollouts, clean).argmax()]  # the first of ties
     z0 = train.kto_z0(policy, world.base, rollouts[rows[0]])
-    steps = {name: one_step(policy, rollouts, pair, z0, run) for name, run in (("C(π)", present), ("C(π̂)", future))}
+
+    def both_steps(pair):
+        return {name: one_step(policy, rollouts, pair, z0, run) for name, run in ((PRESENT, present), (FUTURE, future))}
+
+    steps, several = both_steps(pair), clean[:PAIRS]
     if not all(change.isfinite().all() for *_, change in steps.values()):
         raise NonFiniteError(f"the step at λ = {lam:g} is not finite")
+    tables = torch.stack([sums(both_steps(one), parting(rollouts, one[None]).item()) for one in several])  # (P, 2, 2, 4)
     both = rollouts[pair]
     texts = [decode(row[1:].tolist())[0] for row in both.tokens]
-    first = next((i for i, (one, other) in enumerate(zip(*texts)) if one != other), min(map(len, texts)))
     problem = decode(both.inputs[0, 1 : both.start + 1].tolist())[0]
-    print(screen(problem, texts, first, both.length.tolist(), steps))
+    print(screen(problem, texts, parting(rollouts, pair[None]).item(), both.length.tolist(), steps, tables))
     print(f"\nThe policy is {WALK} steps of {present.loss} away from the base model of seed {seed}; λ = {lam:g}.")
+    print(reading(tables))
 
 
-def screen(problem, texts, first, length, steps):
-    """The lines: each form's weight of ∇ logp_mean, C·|y|, a mark for every token's change, and the changes' sums."""
+def parting(rollouts, pairs):
+    """The first token at which the rollouts of each pair (P, 2) differ, counted from the completion's first: (P,)."""
+    correct, incorrect = (rollouts.tokens[rows] for rows in pairs.T)
+    return (correct != incorrect).int().argmax(-1) - 1  # position 0 holds the last token of the prompt
+
+
+def shared_share(rollouts, pairs):
+    """The shared prefix of each pair (P, 2) as a share of its longer rollout: (P,), below 1."""
+    return parting(rollouts, pairs) / rollouts.length[pairs].amax(-1)
+
+
+def sums(steps, first):
+    """Changes in nats: (2 sides, 2 forms, before, at and after the token where the sides part, and in all)."""
+    changes = torch.stack([change for *_, change in steps.values()], dim=1)  # (2 sides, 2 forms, T - 1)
+    parts = changes[..., :first].sum(-1), changes[..., first], changes[..., first + 1 :].sum(-1), changes.sum(-1)
+    return torch.stack(parts, dim=-1)
+
+
+def reading(tables):
+    """What the means say, in a sentence, from (P pairs, 2 sides, 2 forms, 4 sums)."""
+    correct = tables[:, 0, :, -1]  # (P, 2)
+    (plain, fpa), (falls, fpa_falls) = correct.mean(0).tolist(), (correct < 0).sum(0).tolist()
+    pairs = len(tables)
+    return (
+        f"Over {pairs} pairs, the plain step changes the correct rollouts by {plain:+.4f} nats on average,\n"
+        f"and the FPA step by {fpa:+.4f}; {falls} of {pairs} fall under the plain step, {fpa_falls} under FPA's."
+    )
+
+
+def screen(problem, texts, first, length, steps, tables):
+    """The lines: each form's weight of ∇ logp_mean, C·|y|, a mark for every token's change, and the changes' sums.
+
+    Beside these sums stand the means of `tables`, as `reading` takes them.
+    """
     (c_present, pi, _, change), (c_future, _, pi_hat, future_change) = steps.values()
     largest = max(change.abs().max().item(), future_change.abs().max().item())
     lines = [f"\n{problem}\n", f"{'':12}  |y|        π̄  future π̄  C(π)·|y|  C(π̂)·|y|     ratio"]
@@ -117,19 +159,20 @@ def screen(problem, texts, first, length, steps):
         weights = f"{c_present[side] * length[side]:10.4f}{c_future[side] * length[side]:10.4f}"
         ratio = c_future[side] / c_present[side]
         lines.append(f"{name:12}{length[side]:5d}{pi[side]:10.3f}{pi_hat[side]:10.3f}{weights}{ratio:10.2f}")
-    lines.append("\nOne step with each coefficient, token by token: ↑ ↓ far, + - a little, · hardly; ^ the first wrong token")
+    lines.append("\nOne step with each coefficient: ↑ ↓ far, + - a little, · hardly; ^ the first wrong token")
     for side, name in enumerate(("correct", "incorrect")):
         lines.append(f"\n{name:12}{texts[side]}")
         lines += [
             f"  {wide(symbol, 10)}{strip(x[3][side, : len(texts[side])].tolist(), largest)}" for symbol, x in steps.items()
         ]
         lines.append(" " * (12 + first) + "^")
-    lines.append(f"\n{'log-probability, nats':24}{'before ^':>10}{'at ^':>10}{'after ^':>10}{'sum':>10}")
+    heads = "".join(f"{head:>9}" for head in ("before ^", "at ^", "after ^", "sum"))
+    lines += [f"\n{'':18}{'this pair':>36}   {f'mean of {len(tables)} pairs':>36}", f"{'change, nats':18}{heads}   {heads}"]
+    means = tables.mean(0)
     for side, name in enumerate(("correct", "incorrect")):
-        for symbol, x in steps.items():
-            row = x[3][side]
-            sums = (row[:first].sum(), row[first], row[first + 1 :].sum(), row.sum())
-            lines.append(f"{name:12}{wide(symbol, 12)}" + "".join(f"{value:+10.4f}" for value in sums))
+        for form, symbol in enumerate(steps):
+            cells = ("".join(f"{value:+9.4f}" for value in some[side, form]) for some in (sums(steps, first), means))
+            lines.append(f"{name:11}{wide(symbol, 7)}" + "   ".join(cells))
     return "\n".join(lines)
 
 

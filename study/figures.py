@@ -8,16 +8,21 @@ import itertools
 import numpy as np
 from matplotlib.lines import Line2D
 
-from losses import LOSSES
 from study.drawing import (
     CORRECTNESS,
+    HIT,
     LAST_OR_BEST,
+    MEDIAN,
+    MOST_LINES,
+    by_drag,
     canvas,
+    colour_of,
     coloured,
     draw,
     few,
     figures_of,
     legend,
+    pair_at,
     panel_accuracy,
     plt,
 )
@@ -47,29 +52,49 @@ MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast")  # and no interv
 
 
 def figure_entanglement(runs):
-    """Gradients of a correct and an incorrect trajectory of one problem: norms, inner product, cosine, share with g > a."""
+    """Gradients of a correct trajectory w and an incorrect one l of one problem. A small step on such a pair changes log π of w
+    by C_w·a − C_l·g, with the loss's own coefficients C: below 0 it drags the correct trajectory down.
+    """
     chosen = few(with_table(main_runs(runs), "entanglement"), most=2)
     if not chosen:
         return None
-    methods = by_method(chosen)
-    figure, axes = canvas(1, 3)
-    for colour, _, some in coloured(methods):
-        tables = [Run(run.folder, run.config, run.tables["entanglement"]) for run in some]
+    tables = {
+        method: [Run(run.folder, run.config, run.tables["entanglement"]) for run in some]
+        for method, some in by_method(chosen).items()
+    }
+    decides = all("net" in run.log for some in tables.values() for run in some)  # the first study has the parts alone
+    figure, axes = canvas(2, 2) if decides else canvas(1, 3)
+    parts, cosine, share = axes[:3]
+    for colour, _, some in coloured(tables):
         for column, style in (("a", "-"), ("b", "--"), ("g", ":")):
-            draw(axes[0], tables, lambda log: log[column], colour, style, band=False)  # which would hide the curves
-        draw(axes[1], tables, lambda log: log["cosine"], colour)
-        draw(axes[2], tables, lambda log: log["share_g_above_a"], colour)
+            draw(parts, some, lambda log: log[column], colour, style, band=False)  # which would hide the curves
+        draw(cosine, some, lambda log: log["cosine"], colour)
+        draw(share, some, lambda log: log["share_g_above_a"], colour, "--" if decides else "-")
+        if decides:
+            draw(share, some, lambda log: log["share_net_below_0"], colour)
+            draw(axes[3], some, lambda log: log["net"], colour)
     symbols = {r"$a=\|\nabla\log\pi(y_w)\|^2$": "-", r"$b=\|\nabla\log\pi(y_l)\|^2$": "--", r"$g$, their inner product": ":"}
-    axes[0].legend(handles=[Line2D([], [], color="0.3", linestyle=s, label=n) for n, s in symbols.items()], fontsize=8)
-    axes[0].set(title="Squared norms and inner product", ylabel="mean over pairs")
-    axes[0].set_yscale("symlog", linthresh=100)
-    axes[1].set(title="Cosine of the two gradients", ylabel="mean over pairs", ylim=(-0.3, 1))
-    axes[2].set(title="Pairs with g > a", ylabel="share", ylim=(0, 1))
+    styled(parts, symbols)
+    parts.set(title="Squared norms and inner product", ylabel="mean over pairs, symlog")
+    parts.set_yscale("symlog", linthresh=100)
+    cosine.set(title="Cosine of the two gradients", ylabel="mean over pairs", ylim=(-1, 1))
+    share.set(title="Pairs whose correct trajectory a small step lowers", ylabel="share of pairs", ylim=(0, 1))
+    if decides:
+        styled(share, {r"by the loss's own weights: $C_w\,a < C_l\,g$": "-", r"by equal weights: $a < g$": "--"})
+        axes[3].set(title=r"What decides: $C_w\,a-C_l\,g$", ylabel="nats per unit of learning rate,\nmean over pairs, symlog")
+        axes[3].set_yscale("symlog", linthresh=1)
+    else:
+        share.set_title("Pairs that equal weights lower: g > a")
     for axis in axes:
         axis.set_xlabel("training step")
         axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    legend(figure, methods)
+    legend(figure, tables)
     return figure, chosen
+
+
+def styled(axis, names):
+    """A panel's own legend of its line styles: {name: style}."""
+    axis.legend(handles=[Line2D([], [], color="0.3", linestyle=s, label=n) for n, s in names.items()], fontsize=8)
 
 
 # --- losses beside each other
@@ -91,7 +116,9 @@ def panel_dots(axis, methods, values=final):
 
 
 def figure_losses(runs):
-    """Every loss, at its own best learning rate where other seeds chose one: a dot a seed, the mean and its interval."""
+    """Every loss, at its own best learning rate where other seeds chose one. A dot is a seed; the tick is the mean, the bar its
+    interval. Final: of the last evaluation. Best: of any evaluation.
+    """
     chosen = [run for some in tuned(runs).values() for run in some] or main_runs(runs)
     if len(by(chosen, lambda run: run.config["loss"])) < 3:
         return None
@@ -106,29 +133,35 @@ def figure_losses(runs):
 
 
 def figure_controls(runs):
-    """FPA beside what it might be mistaken for: a constant weight, a sharpened present coefficient, correct rows alone."""
+    """FPA beside what it might be mistaken for: a constant weight, a sharpened present coefficient, correct rows alone. A
+    dot is a seed; the tick beside it is the mean, the bar its interval.
+    """
     main = main_runs(runs)
     controls = where(main, loss=("constant", "sharpened", "sft"))
     if not where(controls, loss=("constant", "sharpened")):
         return None
     lams = {run.get("lam") for run in where(controls, loss="sharpened")} or {2.0}
     chosen = where(main, loss="off_rl") + where(main, loss="fpa", lam=tuple(lams), target=("both", "incorrect")) + controls
+    methods = by_method(chosen)
     figure, (left, right) = canvas(1, 2)
-    panel_accuracy(left, by_method(chosen))
+    panel_accuracy(left, dict(list(methods.items())[:MOST_LINES]))
     left.set_xlabel("training step")
-    panel_dots(right, by_method(chosen))
+    panel_dots(right, methods)
     right.set_title("Final accuracy")
+    legend(figure, methods)
     return figure, chosen
 
 
 def figure_prompts(runs):
-    """Final accuracy against the number of training prompts, the same number of steps each."""
+    """Final accuracy against the number of training prompts, over the same number of steps: fewer prompts are seen more often.
+    A dot is a seed; the line joins the means, with their intervals.
+    """
     methods = by_method(varying(runs, "prompts"))
     methods = {m: some for m, some in methods.items() if len({run.config["prompts"] for run in some}) > 1}
     if not methods:
         return None
     figure, (axis,) = canvas(1, 1, row_height=4)
-    for colour, method, some in coloured(methods):
+    for colour, method, some in coloured(dict(list(methods.items())[:MOST_LINES])):
         numbers = by(sorted(some, key=lambda run: run.config["prompts"]), lambda run: run.config["prompts"])
         means, halves = zip(*(mean_and_interval([final(run) for run in seeds]) for seeds in numbers.values()))
         axis.errorbar(list(numbers), means, halves, color=colour, capsize=3, linewidth=1.8, label=label(method))
@@ -143,7 +176,9 @@ def figure_prompts(runs):
 
 
 def figure_cost(runs):
-    """Accuracy against its cost in tokens, each loss at its best learning rate where other seeds chose one."""
+    """Accuracy against its cost in tokens, each loss at its best learning rate where other seeds chose one. Higher and further
+    left is better. Offline losses sample everything before the first step.
+    """
     main, best = main_runs(runs), tuned(runs)
     if not where(main, loss="grpo"):
         return None
@@ -159,7 +194,7 @@ def figure_cost(runs):
     for axis, (title, x) in zip(axes, costs.items()):
         for colour, _, some in coloured(by_method(chosen)):
             draw(axis, some, lambda log: log["accuracy"], colour, x=x)
-        axis.set(xlabel=title, ylabel="pass@1", ylim=(0, 1))
+        axis.set(title="Accuracy against cost", xlabel=title, ylabel="pass@1", ylim=(0, 1))
     legend(figure, by_method(chosen))
     return figure, chosen
 
@@ -192,7 +227,9 @@ def extrapolation_panels(runs):
 
 
 def figure_extrapolation(runs):
-    """Distance of the future policy of step t from the policy of t′, over the present one's; a ring marks t′ = (1 + λ) t."""
+    """Distance of the future policy of step t from the policy of the later step t′, over the present policy's: below 1 it is a
+    forecast. A ring marks t′ = (1 + λ) t, the step that a straight line would reach.
+    """
     if not (made := extrapolation_panels(runs)):
         return None
     figure, chosen, panels = made
@@ -206,13 +243,17 @@ def figure_extrapolation(runs):
         axis.set(xscale="log", yscale="log", xlim=(1.2, 50))
         axis.set_xticks([1.5, 3, 6, 12, 24, 48], ["1.5", "3", "6", "12", "24", "48"])
         axis.minorticks_off()
-    panels[0][0].set_ylabel("KL from π at t′:\nfuture policy / present policy")
+    for axis, t, *_ in panels:
+        if t == panels[0][1]:
+            axis.set_ylabel("KL from π at t′, log scale:\nfuture / present policy")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure, chosen
 
 
 def figure_extrapolation_map(runs):
-    """Blue: the future policy of step t is nearer to the policy of t′ than the present one is, a forecast. Red: farther."""
+    """Blue: the future policy of step t is nearer to the policy of the later step t′ than the present one is, a forecast. Red:
+    farther. The black line marks t′ = (1 + λ) t, the step that a straight line would reach.
+    """
     if not (made := extrapolation_panels(runs)):
         return None
     figure, chosen, panels = made
@@ -223,14 +264,17 @@ def figure_extrapolation_map(runs):
         axis.set_yticks(np.arange(len(lams)) + 0.5, [f"{lam:g}" for lam in lams])
         hits = [(laters.index((1 + lam) * t) + 0.5, i + 0.5) for i, lam in enumerate(lams) if (1 + lam) * t in laters]
         axis.plot(*zip(*hits), "k.-", linewidth=1)  # t' = (1 + lam) t
-    panels[0][0].set_ylabel("λ")
+        if t == panels[0][1]:
+            axis.set_ylabel("λ")
     axes = [panel[0] for panel in panels]
     figure.colorbar(image, ax=axes, label="log₂ of KL from π at t′,\nfuture / present policy", shrink=0.8)
     return figure, chosen
 
 
 def figure_forecast(runs):
-    """Does π̂ of step t forecast π of t′ = (1 + λ) t? By whole distributions, sampled tokens and trajectories' coefficients."""
+    """Does the future policy of step t forecast the policy of t′ = (1 + λ) t? Below 1 it is nearer than the present policy; in
+    the last panel, above 0 it orders the trajectories better.
+    """
     groups = diagnosed(runs)
     kinds = {
         "kl": "KL",
@@ -257,7 +301,7 @@ def figure_forecast(runs):
         axis.set(xscale="log", xlabel="t", title=kinds.get(column, "Rank correlation of coefficients"))
         axis.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
         axis.axhline(0 if column == "coefficient_rank" else 1, color="0.3", linewidth=0.8)
-        axis.set_ylabel("future − present" if column == "coefficient_rank" else "future / present")
+        axis.set_ylabel("future − present" if column == "coefficient_rank" else "future / present, log scale")
         if column != "coefficient_rank":
             axis.set_yscale("log")
             axis.set_yticks([0.1, 0.3, 1, 3, 10, 30, 100], ["0.1", "0.3", "1", "3", "10", "30", "100"])
@@ -272,35 +316,61 @@ def figure_forecast(runs):
 # --- single tokens
 
 
+def token_lines(run, pair, side):
+    """Of one trace in one run: log-ratios at each of a few steps, a name for each, the tokens, the first wrong one."""
+    table = run.tables["tokens"]
+    at = np.flatnonzero((table["pair"] == pair) & (table["side"] == side))
+    steps = table["step"][at]
+    shown = dict.fromkeys(np.abs(steps - share * steps[-1]).argmin() for share in (0.1, 0.5, 1))
+    lines = [[float(ratio) for ratio in table["logratios"][at[i]].split()] for i in shown]
+    characters = [(ALPHABET + "▪▪▪")[int(token)] for token in table["tokens"][at[0]].split()]  # ▪: EOS
+    return lines, [f"{label(run.method)}  step {steps[i]:.0f}" for i in shown], characters, table["first_wrong"][at[0]]
+
+
+def panel_tokens(axis, runs, pair, side):
+    """A trace's tokens, a column each, and the runs' lines below each other."""
+    lines, names, colours = [], [], []
+    for run in runs:
+        more, more_names, characters, first = token_lines(run, pair, side)
+        if lines:
+            axis.axhline(len(lines) - 0.5, color="black", linewidth=1)
+        lines, names = lines + more, names + more_names
+        colours += [colour_of(run.config["loss"])] * len(more)
+    image = axis.imshow(lines, aspect="auto", cmap="RdBu", vmin=-4, vmax=4)
+    axis.set_xticks(range(len(characters)), characters, fontsize=8, family="monospace")
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    for text, colour in zip(axis.get_yticklabels(), colours):
+        text.set_color(colour)
+    if side == "incorrect":
+        box = {"fill": False, "edgecolor": "black", "linewidth": 2, "clip_on": False}
+        axis.add_patch(plt.Rectangle((first - 0.5, -0.5), 1, len(names), **box))
+    axis.tick_params(length=0)
+    return image
+
+
 def figure_tokens(runs):
-    """Each token's log-ratio in a correct and an incorrect trace of one problem, under Off-RL and FPA, at several steps."""
+    """Every token's log-ratio. Red: it lost probability. Pairs of a correct and an incorrect trace are ranked by the correct
+    trace's sum under the first method at the last step: the pair near the 10th percentile, and the median pair.
+    """
     chosen = few([run for run in with_table(main_runs(runs), "tokens") if run.config["loss"] in ("off_rl", "fpa")], most=2)
     chosen = [run for run in chosen if run.config["seed"] == chosen[0].config["seed"]]
     if len(chosen) < 2:
         return None
-    figure, axes = canvas(2, 1, row_height=3)
-    for axis, side in zip(axes, CORRECTNESS):
-        lines, names = [], []
-        for run in chosen:
-            table = run.tables["tokens"]
-            at = (table["pair"] == 0) & (table["side"] == side)
-            steps = table["step"][at]
-            shown = [steps[np.abs(steps - share * steps[-1]).argmin()] for share in (0.05, 0.1, 0.2, 0.5, 1)]
-            for step in dict.fromkeys(shown):
-                (i,) = np.flatnonzero(at & (table["step"] == step))
-                lines.append([float(ratio) for ratio in table["logratios"][i].split()])
-                names.append(f"{LOSSES[run.config['loss']].label}  step {step:.0f}")
-        image = axis.imshow(lines, aspect="auto", cmap="RdBu", vmin=-4, vmax=4)
-        characters = [(ALPHABET + "▪▪▪")[int(token)] for token in table["tokens"][i].split()]  # ▪: EOS
-        axis.set_xticks(range(len(characters)), characters, fontsize=8, family="monospace")
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.axhline(len(names) / 2 - 0.5, color="black", linewidth=1)
-        if side == "incorrect":
-            first = table["first_wrong"][i]
-            axis.add_patch(plt.Rectangle((first - 0.5, -0.5), 1, len(names), fill=False, edgecolor="black", linewidth=2))
-        axis.set_title(f"{side} trace" + (", its first wrong token outlined" if side == "incorrect" else ""))
-        axis.tick_params(length=0)
-    figure.colorbar(image, ax=list(axes), label="log-ratio of the token [nats], cut at ±4", shrink=0.8)
+    pairs = {
+        pair_at(share, chosen[0].tables["tokens"]): name
+        for name, share in (("median pair", MEDIAN), ("10th-percentile pair", HIT))
+    }
+    drags = [by_drag(run.tables["tokens"]) for run in chosen]
+    figure, axes = canvas(2 * len(pairs), 1, row_height=1.8)
+    for axis, ((pair, name), side) in zip(axes, itertools.product(list(pairs.items())[::-1], CORRECTNESS)):
+        image = panel_tokens(axis, chosen, pair, side)
+        title = f"{name}, {side} trace"
+        if side == "correct":
+            title += ": in all " + ", ".join(
+                f"{drag[pair]:+.1f} nats under {label(run.method)}" for run, drag in zip(chosen, drags)
+            )
+        axis.set_title(title if side == "correct" else f"{title}: its first wrong token outlined")
+    figure.colorbar(image, ax=list(axes), label="log-ratio of the token [nats], cut at ±4", shrink=0.5)
     return figure, chosen
 
 

@@ -3,8 +3,9 @@
     python -m study.page         # results/slips -> results/slips/figures/report.html; `pip install plotly` first
     python -m study.page runs    # the runs below runs/ -> runs/figures/report.html
 
-The page has a token heat map of one pair of rollouts, the curves, and the claims table. A slider chooses the training step,
-and a list the loss and λ. Plotly draws, and is part of the file.
+The page has a token heat map of one pair of rollouts, the curves, and the claims table. The pair is the one near the 10th
+percentile of the drag, as in the figure of tokens. A slider chooses the training step, and a list the loss and λ. A run is
+drawn in its loss's colour, as in the figures. Plotly draws, and is part of the file.
 """
 
 import html
@@ -16,7 +17,8 @@ import numpy as np
 from plumbing.files import UserError, printable_path, write_text
 from plumbing.flags import command, command_line
 from study import claims
-from study.results import by_method, label, main_runs, read_folder, with_table
+from study.drawing import HIT, colour_of, pair_at
+from study.results import by_method, label, main_runs, read_folder, where, with_table
 from toy_math.tokenizer import ALPHABET
 
 CURVES = ("accuracy", "logratio_correct", "logratio_incorrect", "pi_incorrect", "pihat_incorrect")
@@ -76,21 +78,18 @@ function draw() {
         line: { color: "#000", width: 3 } }]
     },
     same);
-  const line = (name, label, axis, colour, dash) => ({ x: run.curve_steps, y: run.curves[name], name: label, yaxis: axis,
-    mode: "lines", line: { color: colour, dash: dash, width: 2.5 } });
-  const ratios = [...run.curves.logratio_correct, ...run.curves.logratio_incorrect];
-  const lowest = Math.min(...ratios), highest = Math.max(...ratios);
+  const line = (name, label, axis, dash) => ({ x: run.curve_steps, y: run.curves[name], name: label, yaxis: axis,
+    mode: "lines", line: { color: run.colour, dash: dash, width: 2.5 } });
   Plotly.react("curves", [
-    line("accuracy", "pass@1", "y", "#000000", "solid"),
-    line("pi_incorrect", "π̄ of incorrect", "y", "#D55E00", "dash"),
-    line("pihat_incorrect", "future π̄ of incorrect", "y", "#D55E00", "dot"),
-    line("logratio_correct", "log-ratio, correct", "y2", "#0072B2", "solid"),
-    line("logratio_incorrect", "log-ratio, incorrect", "y2", "#0072B2", "dash")],
-    { height: 420, margin: { l: 60, r: 60, t: 20, b: 40 }, legend: { orientation: "h", y: -0.15 },
-      xaxis: { title: { text: "training step" }, range: [0, run.curve_steps[run.curve_steps.length - 1]] },
-      yaxis: { title: { text: "pass@1, probability" }, range: [0, 1.02] },
-      yaxis2: { title: { text: "log-ratio [nats]" }, range: [lowest * 1.05, highest * 1.05 + 0.5], overlaying: "y",
-        side: "right", showgrid: false, zeroline: false },
+    line("accuracy", "above: pass@1", "y", "solid"),
+    line("pi_incorrect", "π̄ of incorrect", "y", "dash"),
+    line("pihat_incorrect", "future π̄ of incorrect", "y", "dot"),
+    line("logratio_correct", "below: log-ratio of correct", "y2", "solid"),
+    line("logratio_incorrect", "of incorrect", "y2", "dash")],
+    { height: 560, margin: { l: 60, r: 20, t: 20, b: 40 }, legend: { orientation: "h", y: -0.12 }, showlegend: true,
+      xaxis: { title: { text: "training step" }, range: [0, run.curve_steps[run.curve_steps.length - 1]], anchor: "y2" },
+      yaxis: { title: { text: "pass@1, probability" }, range: [0, 1.02], domain: [0.54, 1] },
+      yaxis2: { title: { text: "log-ratio [nats]" }, domain: [0, 0.46] },
       shapes: [{ type: "line", x0: step, x1: step, yref: "paper", y0: 0, y1: 1, line: { color: "#555", dash: "dot" } }] },
     same);
 }
@@ -105,10 +104,10 @@ def numbers(text):
     return [float(number) for number in text.split()]
 
 
-def run_data(run):
-    """What the page shows of one run: the tokens of its first pair at every evaluation, and its curves."""
+def run_data(run, pair):
+    """What the page shows of one run: the tokens of a pair at every evaluation, and its curves."""
     table = run.tables["tokens"]
-    at = {side: np.flatnonzero((table["pair"] == 0) & (table["side"] == side)) for side in ("correct", "incorrect")}
+    at = {side: np.flatnonzero((table["pair"] == pair) & (table["side"] == side)) for side in ("correct", "incorrect")}
     characters = ALPHABET + "▪▪▪"  # ▪: EOS
     columns = {"ratios": "logratios", "future": "future_logps"}
     frames = [
@@ -117,7 +116,9 @@ def run_data(run):
     ]
     return {
         "label": label(run.method),
-        "problem": f"one problem of seed {run.config['seed']}, each token a column",
+        "colour": colour_of(run.config["loss"]),
+        "problem": f"one problem of seed {run.config['seed']}, each token a column: the pair near the 10th "
+        "percentile of the correct rollouts' log-ratios under the first run at its last step",
         "steps": table["step"][at["correct"]].astype(int).tolist(),
         "first": int(table["first_wrong"][at["correct"][0]]),
         "tokens": {s: [characters[int(token)] for token in table["tokens"][rows[0]].split()] for s, rows in at.items()},
@@ -148,8 +149,9 @@ def write_page(runs, path):
     shown = [run for run in with_table(main_runs(runs), "tokens") if "ref_logps" in run.tables["tokens"]]
     if not shown:
         raise UserError("the page needs runs with their single tokens; try: python train.py --diagnostics")
-    first = [some[0] for some in by_method(shown).values()]  # one seed of each
-    data = json.dumps([run_data(run) for run in first], ensure_ascii=False).replace("</", "<\\/")
+    first = [some[0] for some in by_method(where(shown, seed=shown[0].config["seed"])).values()]  # which share their pairs
+    pair = pair_at(HIT, first[0].tables["tokens"])  # by the first method
+    data = json.dumps([run_data(run, pair) for run in first], ensure_ascii=False).replace("</", "<\\/")
     page = PAGE.replace("RUNS", data, 1).replace("CLAIMS", claims_table(runs), 1).replace("PLOTLY", get_plotlyjs(), 1)
     write_text(path, page)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import plots
@@ -12,19 +13,23 @@ from study import drawing, results
 
 def fake_run(folder, seed=0, final=0.5, steps=10, scale=1.0, **config):
     """A run's files with a made-up log: accuracy from 0.4 over 0.9 to `final`; log-ratios, norms and costs times `scale`."""
-    defaults = {"format": results.FORMAT, "prompts": 8, "rollouts": 4, "ops": 1, "lr": 1e-3, "eval_temperature": 1.0}
+    defaults = {"format": results.FORMAT, "prompts": 8, "rollouts": 4, "ops": 1, "task": "habit", "lr": 1e-3}
     defaults |= {"eval_every": 5, "loss": "off_rl", "measured": {"shared_tokens": 0.8, "common_prefix": 0.4}}
     config = {**defaults, "steps": steps, "seed": seed, **config}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     columns = ["step", "accuracy", "accuracy_greedy", "loss", "grad_norm", "seconds", "tokens_trained", "tokens_sampled"]
+    columns += ["accuracy_0.7", "test_accuracy"]
     columns += [f"{name}_{kind}" for name in ("logratio", "pi", "pihat", "coefficient") for kind in ("correct", "incorrect")]
-    columns += ["below_0.2_pi", "below_0.2_pihat"]
+    columns += ["below_0.2_pi", "below_0.2_pihat", "logratio_correct_below_0"]
+    columns += [f"logratio_correct_p{percent}" for percent in (5, 25, 50, 75, 95)]
     lines = [",".join(columns)]
     for i, (step, accuracy) in enumerate(((0, 0.4), (steps // 2, 0.9), (steps, final))):
         values = [step, accuracy, 1 - 0.1 * i, "nan" if i == 0 else -0.1, i * scale, (1 + i) * scale, 100 * i, 50 * scale]
+        values += [accuracy + 0.05, "nan" if step == steps // 2 else accuracy - 0.02]
         values += [-i * scale, -10 * i * scale, 0.9, 0.8 - 0.1 * i, 0.9, 0.8 / (1 + i), 0.9, (0.8 - 0.2 * i) * scale]
-        lines.append(",".join(map(str, [*values, 1000 * i, 5000 * i])))
+        values += [1000 * i, 5000 * i, 0.2 * i, *(-i * scale * part for part in (20, 3, 1, 0.5, -1))]
+        lines.append(",".join(map(str, values)))
     (folder / "log.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -222,7 +227,7 @@ def test_figures_go_into_the_folder_of_the_runs(tmp_path, capsys):
         fake_run(tmp_path / "runs" / f"b{seed}", seed, **FPA)
     plots.run([str(tmp_path / "runs")])
     figures = {path.stem for path in (tmp_path / "runs" / "figures").iterdir()}
-    assert {"dynamics", "prolonged"} <= figures <= set(plots.FIGURES)
+    assert {"drag", "dynamics", "prolonged"} <= figures <= set(plots.FIGURES) and next(iter(plots.FIGURES)) == "drag"
     assert "FPA, λ = 2" in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
@@ -235,8 +240,94 @@ def test_the_figures_of_the_method_are_drawn_from_their_runs(tmp_path):
     runs = results.read_folder(tmp_path)
     figures = {name: plots.FIGURES[name](runs) for name in ("dynamics", "prolonged", "targets", "lambda")}
     axes = {name: figure.axes for name, (figure, _) in figures.items()}
-    assert axes["lambda"][0].containers[0].lines[0].get_ydata() == pytest.approx([0.55] * 3)  # λ of 0, 2 and 5
+    dots = [bar.lines[0].get_ydata()[0] for bar in axes["lambda"][0].containers]
+    assert dots == pytest.approx([0.55] * 3)  # λ of 0, 2 and 5
     assert {run.config["steps"] for run in figures["prolonged"][1]} == {20}
     assert {run.get("target") for run in figures["targets"][1]} == {None, "both", "correct", "incorrect"}
     assert len(results.by_method(figures["dynamics"][1])) == 5
+    off_rl, fpa = (drawing.colour_of(loss) for loss in ("off_rl", "fpa"))
+    means = [container.lines[0].get_color() for container in axes["lambda"][0].containers]
+    assert means == [off_rl, fpa, fpa]  # λ = 0 is Off-RL, in its own colour
+    for figure, _ in figures.values():
+        check_hygiene(figure)
     drawing.plt.close("all")
+
+
+def check_hygiene(figure):
+    """A legend or what stands for it, at most seven curves in a panel, scales that are said, and no label cut off."""
+    bars = [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
+    names = [axis for axis in figure.axes if any("Off-RL" in text.get_text() for text in axis.get_yticklabels())]
+    assert figure.legends or bars or names or any(axis.get_legend() for axis in figure.axes)
+    for axis in figure.axes:
+        axis.title.set_fontsize(10)  # as `draw_all` does
+    figure.canvas.draw()
+    width, height = figure.canvas.get_width_height()
+    for axis in figure.axes:
+        curves = [line for line in axis.lines if len(line.get_xdata()) > 2 and line.get_linestyle() != "None"]
+        assert len(curves) <= drawing.MOST_LINES
+        if axis.get_yscale() in ("symlog", "log") and axis.get_ylabel():
+            assert axis.get_yscale() in axis.get_ylabel(), axis.get_title()
+        low, high = sorted(axis.get_ylim())
+        ticks = [text for at, text in zip(axis.get_yticks(), axis.get_yticklabels()) if low <= at <= high]
+        for text in [axis.xaxis.label, axis.yaxis.label, axis.title, *ticks]:
+            box = text.get_window_extent()
+            if text.get_text() and axis.get_visible():
+                assert -1 <= box.x0 and box.x1 <= width + 1 and -1 <= box.y0 and box.y1 <= height + 1, text
+
+
+def test_a_caption_says_how_to_read_its_figure():
+    """It is the docstring's first paragraph, of sentences that fit into three lines of the picture."""
+    for name, function in plots.FIGURES.items():
+        text = drawing.caption(function)
+        assert text[-1] == "." and 60 < len(text) < 300 and "\n" not in text and "  " not in text, name
+
+
+def test_few_never_shows_more_methods_than_asked(tmp_path):
+    for lam in range(1, 10):
+        fake_run(tmp_path / str(lam), loss="dpo", lam=float(lam), target="both")
+    dpo = results.read_runs(results.run_folders(tmp_path))
+    assert len(results.by_method(drawing.few(dpo))) == 6 and len(drawing.few(dpo, most=2)) == 2
+    fake_run(tmp_path / "fpa", **FPA)
+    both = results.read_runs(results.run_folders(tmp_path))
+    assert [run.config["loss"] for run in drawing.few(both)] == ["fpa"]
+    assert drawing.kinds_for(range(3)) == drawing.CORRECTNESS and list(drawing.kinds_for(range(4))) == ["correct"]
+
+
+def test_pairs_are_chosen_by_their_drag():
+    """By the correct trace's sum at the last step alone: of sixteen pairs the second and the ninth, of two both."""
+    rows = [(step, pair, side) for step in (0, 9) for pair in range(16) for side in ("correct", "incorrect")]
+    order = [7, 3, 12, 0, 15, 9, 4, 11, 1, 14, 6, 2, 13, 8, 5, 10]  # the pair dragged down most first
+
+    def text(step, pair, side):
+        value = order.index(pair) - 8.0 if step == 9 and side == "correct" else -100.0 * pair
+        return f"{value} 0.25 -0.25"
+
+    table = {name: np.array([row[i] for row in rows]) for i, name in enumerate(("step", "pair", "side"))}
+    table["logratios"] = np.array([text(*row) for row in rows])
+    assert list(drawing.by_drag(table)) == order and drawing.by_drag(table)[7] == -8
+    assert (drawing.pair_at(drawing.HIT, table), drawing.pair_at(drawing.MEDIAN, table)) == (3, 1)
+    old = {name: column[table["pair"] < 2] for name, column in table.items()}
+    assert (drawing.pair_at(drawing.HIT, old), drawing.pair_at(drawing.MEDIAN, old)) == (0, 1)
+
+
+def test_the_spread_of_the_correct_rows_is_drawn(tmp_path):
+    for seed, scale in ((0, 1.0), (1, 2.0)):
+        fake_run(tmp_path / f"o{seed}", seed, scale=scale)
+        fake_run(tmp_path / f"f{seed}", seed, scale=scale / 2, **FPA)
+    runs = results.read_runs(results.run_folders(tmp_path))
+    figure, chosen = plots.figure_drag(runs)
+    left, off_rl, fpa = figure.axes
+    assert len(chosen) == 4
+    assert off_rl.get_title() == "Off-RL: 40 % of correct rows end\nbelow 0, and 5 % below -60 nats"
+    wide, narrow = (band.get_paths()[0].vertices[:, 1] for band in off_rl.collections)
+    assert (wide.min(), narrow.min()) == (-60, -9)  # means over the seeds at the last step, of 20 and 3 times 2 scales
+    assert off_rl.lines[0].get_ydata().tolist() == [0, -1.5, -3] and fpa.lines[0].get_ydata().tolist() == [0, -0.75, -1.5]
+    assert off_rl.get_ylim() == fpa.get_ylim() and off_rl.get_yscale() == fpa.get_yscale() == "symlog"
+    accuracy = {
+        (line.get_color(), line.get_linestyle(), line.get_ydata()[-1]) for line in left.lines if len(line.get_xdata()) > 2
+    }
+    assert (drawing.colour_of("fpa"), ":", 0.55) in accuracy and len(accuracy) == 4
+    assert left.get_title() == "Accuracy on validation problems"
+    check_hygiene(figure)
+    assert all(plots.figure_drag([run._replace(log={"accuracy": run.log["accuracy"]})]) is None for run in runs[:1])
+    drawing.plt.close(figure)

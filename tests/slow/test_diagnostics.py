@@ -1,5 +1,6 @@
 """diagnostics.py against autograd, hand-worked distances and a policy that drifts in a straight line."""
 
+import copy
 import random
 from types import SimpleNamespace
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from losses import token_logps
+import train
+from losses import LOSSES, objective, token_logps
 from study import diagnostics, results
 from toy_math import stages
+from toy_math.problems import draw_problems
 from toy_math.rollouts import pack
 
 
@@ -17,7 +20,7 @@ def tiny_data(policies=1):
     """Models with random weights, the first the reference, and two pairs of traces of one operation each."""
     torch.manual_seed(0)
     models = [stages.GPT(stages.CONFIG) for _ in range(1 + policies)]
-    problems = stages.draw_problems(2, 1, "train", random.Random(0))
+    problems = draw_problems(2, 1, "train", random.Random(0))
     texts = ["1+1=2;#2", "1+1=3;#3", "2*4=08;#08", "2*4=09;#09"]
     rows = [{"prompt": problems[i // 2].prompt, "completion": text, "finished": True} for i, text in enumerate(texts)]
     tokens, mask = pack(rows)
@@ -40,15 +43,61 @@ def test_entanglement_is_that_of_the_whole_gradients():
         token_logps(model(inputs), inputs, mask).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
     pairs = [(gradients[0], gradients[1]), (gradients[2], gradients[3])]
-    measured = diagnostics.entanglement(model, data, torch.tensor([[0, 1], [2, 3]]))
+    measured = diagnostics.entanglement(model, data, torch.tensor([[0, 1], [2, 3]]), run_of("off_rl"))
+    length = data.length.float()
+    weight = (token_logps(model(data.inputs, data.start), data.tokens, data.mask).sum(-1) / length).exp() / length  # Off-RL's C
+    net = [(weight[2 * i] * w @ w - weight[2 * i + 1] * w @ incorrect).item() for i, (w, incorrect) in enumerate(pairs)]
     expected = {
         "a": np.mean([(correct @ correct).item() for correct, _ in pairs]),
         "b": np.mean([(incorrect @ incorrect).item() for _, incorrect in pairs]),
         "g": np.mean([(correct @ incorrect).item() for correct, incorrect in pairs]),
         "cosine": np.mean([torch.cosine_similarity(*pair, dim=0).item() for pair in pairs]),
         "share_g_above_a": np.mean([(correct @ incorrect > correct @ correct).item() for correct, incorrect in pairs]),
+        "net": np.mean(net),
+        "share_net_below_0": np.mean([value < 0 for value in net]),
     }
     assert measured == pytest.approx(expected, rel=1e-4)
+
+
+def run_of(loss, lam=0.0):
+    return SimpleNamespace(**{"target": "both", "seed": 0, **LOSSES[loss].defaults, "loss": loss, "lam": lam})
+
+
+@torch.no_grad()
+def exact_logp(model, b):
+    """The correct row's logp_sum, in double precision, which a finite difference needs."""
+    logps = model(b.inputs[:1], b.start)[0, :-1].log_softmax(-1)
+    return logps.gather(-1, b.tokens[0, 1:, None])[b.mask[0, 1:]].sum().item()
+
+
+@pytest.mark.parametrize(
+    ("loss", "lam"), [("off_rl", 0.0), ("fpa", 2.0), ("dpo", 0.0), ("dpo", 2.0), ("rpo", 0.0), ("sft", 0.0), ("reinforce", 0.0)]
+)
+def test_net_is_what_a_small_step_does_to_the_correct_trajectory(loss, lam):
+    """Against the finite difference of a step of plain gradient descent on each pair, with autograd's own gradient."""
+    (_, model), data = tiny_data()
+    model, run = model.double(), run_of(loss, lam)
+    data.columns["ref_logits"] = data.ref_logits.double()
+    changes, lr = [], 1e-6
+    for pair in torch.tensor([[0, 1], [2, 3]]):
+        stepped, b = copy.deepcopy(model), data[pair]
+        before = exact_logp(stepped, b)
+        train.add_logps(stepped, b, lam)
+        rows = 1 if LOSSES[loss].pairs else 2  # objective is a mean over pairs or rows; net is of the pair's sum
+        (rows * objective(b, run)[0]).backward()
+        with torch.no_grad():
+            for parameter in stepped.parameters():
+                parameter -= lr * parameter.grad
+        changes.append((exact_logp(stepped, b) - before) / lr)
+    measured = diagnostics.entanglement(model, data, torch.tensor([[0, 1], [2, 3]]), run)
+    assert measured["net"] == pytest.approx(np.mean(changes), rel=1e-2)
+    assert measured["share_net_below_0"] == np.mean([change < 0 for change in changes])
+
+
+def test_a_loss_whose_inputs_only_training_has_gets_nan():
+    (_, model), data = tiny_data()
+    measured = diagnostics.entanglement(model, data, torch.tensor([[0, 1]]), run_of("kto"))
+    assert np.isnan(measured["net"]) and np.isnan(measured["share_net_below_0"]) and measured["a"] > 0
 
 
 def test_token_logratios_and_the_first_wrong_token():
@@ -106,7 +155,7 @@ def test_a_straight_drift_is_forecast_exactly():
 def test_the_observer_writes_what_the_figures_read(tmp_path):
     (reference, model), data = tiny_data()
     model.load_state_dict(reference.state_dict())
-    observe = diagnostics.Observer(model, data, SimpleNamespace(lam=2.0, seed=0), tmp_path)
+    observe = diagnostics.Observer(model, data, run_of("fpa", 2.0), tmp_path)
     assert {tuple(pair) for pair in observe.pairs.tolist()} == {(0, 1), (2, 3)}
     for step in range(21):
         observe(step, step % 10 == 0)
@@ -122,4 +171,5 @@ def test_the_observer_writes_what_the_figures_read(tmp_path):
     tokens = results.read_csv(tmp_path / "tokens.csv")
     # the other pair's correct side is not clean, so its first difference might not be the first wrong token
     assert observe.token_pairs.tolist() == [[0, 1]] * diagnostics.TOKEN_PAIRS
-    assert tokens["step"].tolist() == [0] * 4 + [10] * 4 + [20] * 4 and tokens["side"][:2].tolist() == ["correct", "incorrect"]
+    assert tokens["step"].tolist() == [step for step in (0, 10, 20) for _ in range(2 * diagnostics.TOKEN_PAIRS)]
+    assert tokens["side"][:2].tolist() == ["correct", "incorrect"] and diagnostics.TOKEN_PAIRS >= 10  # for a 10th percentile

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,13 +49,19 @@ def test_the_screen_adds_up(loss, out):
             assert present == pytest.approx(pi, abs=1e-3) and future == pytest.approx(pi_hat, abs=1e-3)
         (text,) = re.findall(rf"^{name} +(\d\S*)$", screen, flags=re.M)
         for symbol, coefficient in (("π", present), ("π̂", future)):
-            ((before, at, after, total),) = numbers(screen, name, rf"C\({symbol}\)")
-            assert before + at + after == pytest.approx(total, abs=2e-4)
+            ((*parts, total, mean_before, mean_at, mean_after, mean),) = numbers(screen, name, rf"C\({symbol}\)")
+            assert sum(parts) == pytest.approx(total, abs=2e-4)
+            assert mean_before + mean_at + mean_after == pytest.approx(mean, abs=2e-4)
+            if name == "correct":
+                assert f"{'plain step changes the correct rollouts' if symbol == 'π' else 'FPA step'} by {mean:+.4f}" in screen
             gained[symbol] += reward * coefficient * total
             marks = re.findall(rf"^  C\({symbol}\) +(\S+)$", screen, flags=re.M)
             assert len(marks) == 2 and len(text) in map(len, marks)
     assert ratios != [1, 1] and gained["π"] > 0 and gained["π̂"] >= 0
-    assert ("off_rl" if loss == "fpa" else loss) in screen.splitlines()[-1]
+    assert f"steps of {'off_rl' if loss == 'fpa' else loss} away from the base model" in screen.splitlines()[-3]
+    assert re.fullmatch(
+        r"and the FPA step by .*; (\d+) of \d+ fall under the plain step, \d+ under FPA's\.", screen.splitlines()[-1]
+    )
 
 
 def test_lambda_0_is_the_plain_loss(out):
@@ -97,8 +104,69 @@ def test_marks_are_shares_of_the_largest_change():
 
 def test_the_caret_is_under_the_first_wrong_token():
     change = torch.zeros(2, 4)
-    step = (torch.ones(2), torch.ones(2), torch.ones(2), change)
-    lines = explain.screen("1+1+1?", ["12=3", "12=4"], 3, [5, 5], {"C(π)": step, "C(π̂)": step}).splitlines()
+    step, tables = (torch.ones(2), torch.ones(2), torch.ones(2), change), torch.zeros(3, 2, 2, 4)
+    steps = {"C(π)": step, "C(π̂)": step}
+    lines = explain.screen("1+1+1?", ["12=3", "12=4"], 3, [5, 5], steps, tables).splitlines()
     carets = [line.index("^") for line in lines if line.strip() == "^"]
     texts = [line.index("=") + 1 for line in lines if line.startswith(("correct     12", "incorrect   12"))]
     assert carets == texts
+
+
+def made_rollouts():
+    """Three pairs. They part at the third of five tokens, at the fourth of four and five, and at the fourth of six."""
+    texts = ["1234x", "12y4x", "123a", "123bx", "123456", "123c56"]
+    tokens = torch.tensor([[0, *map(ord, text), *[1] * (6 - len(text))] for text in texts])
+    return SimpleNamespace(tokens=tokens, length=torch.tensor([len(text) for text in texts]))
+
+
+def test_pairs_part_at_their_first_difference_and_the_longest_shared_prefix_counts():
+    rollouts, pairs = made_rollouts(), torch.tensor([[0, 1], [2, 3], [4, 5]])
+    assert explain.parting(rollouts, pairs).tolist() == [2, 3, 3]
+    shares = explain.shared_share(rollouts, pairs)
+    assert shares.tolist() == pytest.approx([2 / 5, 3 / 5, 3 / 6])  # of the longer rollout
+    assert (shares < 1).all() and shares.argmax() == 1
+
+
+def test_the_pair_shown_shares_most_and_the_means_are_over_the_others_too(out, monkeypatch, capsys):
+    seen, took = [], []
+    screen, one_step, share = explain.screen, explain.one_step, explain.shared_share
+    monkeypatch.setattr(explain, "screen", lambda *a: seen.append(a) or screen(*a))
+    monkeypatch.setattr(
+        explain,
+        "one_step",
+        lambda policy, rollouts, pair, *a: took.append(pair.tolist()) or one_step(policy, rollouts, pair, *a),
+    )
+    shares = []
+    monkeypatch.setattr(
+        explain, "shared_share", lambda rollouts, pairs: shares.append((rollouts, pairs)) or share(rollouts, pairs)
+    )
+    explain.run(["fpa", *TINY, "--out", str(out)])
+    (rollouts, candidates), ((_, texts, first, _, steps, tables),) = shares[0], seen
+    best = max(candidates.tolist(), key=lambda pair: share(rollouts, torch.tensor([pair])).item())
+    assert took[:2] == [best] * 2 and all(rollouts.clean[pair[0]] for pair in took)
+    assert took[2::2] == candidates[: explain.PAIRS].tolist() and len(tables) == explain.PAIRS == 64
+    assert texts[0][:first] == texts[1][:first] and texts[0][first : first + 1] != texts[1][first : first + 1]
+    assert steps[explain.PRESENT][3][0].sum().item() == pytest.approx(explain.sums(steps, first)[0, 0, 3].item())
+    assert f"Over {len(tables)} pairs" in capsys.readouterr().out
+
+
+def test_the_sums_and_the_sentence_are_those_of_the_numbers():
+    change = torch.tensor([[1.0, 2.0, 4.0, 8.0], [-1.0, -2.0, -4.0, -8.0]])
+    steps = {explain.PRESENT: (None, None, None, change), explain.FUTURE: (None, None, None, change / 10)}
+    found = explain.sums(steps, 1)
+    assert found[0, 0].tolist() == [1, 2, 12, 15] and found[1, 1].tolist() == pytest.approx([-0.1, -0.2, -1.2, -1.5])
+    tables = torch.zeros(4, 2, 2, 4)
+    tables[:, 0, 0, -1], tables[:, 0, 1, -1] = torch.tensor([-0.4, -0.2, -0.2, 0.4]), torch.tensor([0.1, -0.1, 0.2, 0.0])
+    tables[:, 1] = -9  # the incorrect rollouts have no part in it
+    words = "the plain step changes the correct rollouts by -0.1000 nats on average, and the FPA step by +0.0500; 3 of 4 fall"
+    assert explain.reading(tables).replace("\n", " ") == f"Over 4 pairs, {words} under the plain step, 1 under FPA's."
+
+
+def test_the_screen_is_a_terminal():
+    """Forty lines of a hundred columns, at the default number of operations and at large numbers."""
+    text, tables = "07*9=63;63*2=26;26+3=29;29+6=35;35*5=75;75+6=81;#81", torch.full((64, 2, 2, 4), -123.4567)
+    step = (torch.ones(2), torch.ones(2), torch.ones(2), torch.full((2, len(text) + 1), -10.0))
+    steps = {explain.PRESENT: step, explain.FUTURE: step}
+    lines = explain.screen("07*9*2+3+6*5+6?", [text] * 2, 46, [52, 52], steps, tables).splitlines()
+    lines += explain.reading(tables).splitlines()
+    assert len(lines) <= 34 and max(len(line.replace("\u0302", "")) for line in lines) <= 100

@@ -12,6 +12,7 @@ from test_train import TINY
 
 from plumbing.files import UserError
 from study import page, results
+from study.drawing import by_drag, colour_of
 from train import main, parse_args
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -35,6 +36,11 @@ def test_the_page_holds_the_runs_and_loads_nothing(report):
     assert not re.search(r"""(src|href|url)\s*[=(]""", own) and "http" not in own
     data = json.loads(re.search(r"^const runs = (.*);$", own, flags=re.M)[1])
     assert [run["label"] for run in data] == ["Off-RL", "FPA, λ = 2"]
+    assert [run["colour"] for run in data] == [colour_of("off_rl"), colour_of("fpa")]
+    table, pairs = runs[0].tables["tokens"], list(by_drag(runs[0].tables["tokens"]))
+    at = (table["pair"] == pairs[int(0.1 * len(pairs))]) & (table["side"] == "correct")
+    drawn = [" ".join(f"{x:g}" for x in frame["correct"]["ratios"]) for frame in data[0]["frames"]]
+    assert drawn == table["logratios"][at].tolist()  # of the pair that is hit
     for shown, run in zip(data, runs):
         assert shown["steps"] == [0, 5, 10] and shown["curves"]["accuracy"] == pytest.approx(run.log["accuracy"], abs=1e-3)
         for side, tokens in shown["tokens"].items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_plots import FPA, fake_run
+from test_plots import FPA, check_hygiene, fake_run
 from test_train import TINY
 
 import plots
@@ -400,7 +400,8 @@ def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
         for method in [*methods, {"prompts": 16}, {**FPA, "prompts": 16}, {**FPA, "lr": 1e-4}, {"steps": 20}]:
             folder = fake_run(tmp_path / "runs" / str(count), seed, 0.5 + 0.1 * seed, **method)
             count += 1
-            header, row = "step,a,b,g,cosine,share_g_above_a\n", "1,2,-1,-0.1,0.5\n"
+            header = "step,a,b,g,cosine,share_g_above_a,net,share_net_below_0\n"
+            row = f"1,2,-1,-0.1,0.5,{-3 if method == {} else 4},{0.8 if method == {} else 0.3}\n"
             (folder / "entanglement.csv").write_text(f"{header}0,{row}5,{row}10,{row}")
             add_extrapolation(folder, 0.5, 0.1)
             lines = [f"{step},0,{side},1,1 2 18,0.1 -1 0" for step in (0, 5, 10) for side in ("correct", "incorrect")]
@@ -410,7 +411,14 @@ def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
     assert drawn == set(plots.FIGURES) and "2 seeds" in capsys.readouterr().out
 
     runs = results.read_runs(results.run_folders(tmp_path / "runs"))
-    axes = {name: function(runs)[0].axes for name, function in plots.FIGURES.items()}
+    figures = {name: function(runs)[0] for name, function in plots.FIGURES.items()}
+    axes = {name: figure.axes for name, figure in figures.items()}
+    for figure in figures.values():
+        check_hygiene(figure)
+    net, colours = axes["entanglement"][3], (drawing.colour_of("off_rl"), drawing.colour_of("fpa"))
+    assert [(line.get_color(), line.get_ydata()[0]) for line in net.lines[:2]] == list(zip(colours, (-3, 4)))
+    shares = {(line.get_color(), line.get_linestyle(), line.get_ydata()[0]) for line in axes["entanglement"][2].lines[:4]}
+    assert shares == {(colours[0], "-", 0.8), (colours[1], "-", 0.3), (colours[0], "--", 0.5), (colours[1], "--", 0.5)}
     first, rows = axes["forecast"], [("KL", 0.5), ("Coefficients", 0.125), ("Rank correlation of coefficients", 0.1)]
     for title, height in rows:  # at t' = (1 + lam) t, for t of 20
         (axis,) = [axis for axis in first if axis.get_title() == title]
@@ -428,15 +436,49 @@ def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
     ].patches  # around token 1, incorrect side only
     curves = [container for container in axes["prompts"][0].containers if container.get_label() == "Off-RL"]
     assert curves[0].lines[0].get_xdata().tolist() == [8, 16] and curves[0].lines[0].get_ydata() == pytest.approx([0.55, 0.55])
-    assert axes["lambda"][0].containers[0].lines[0].get_ydata() == pytest.approx([0.55] * 3)  # λ of 0, 2 and 5
     tokens, sampled = ([line.get_xdata()[-1] for line in axis.lines][0] for axis in axes["cost"][:2])
     assert tokens == pytest.approx(250 / 1e6) and sampled == pytest.approx(50 / 1e6)
     drawing.plt.close("all")
 
 
-@pytest.mark.parametrize("name", plots.FIGURES)
+def test_the_heat_map_shows_a_pair_that_is_hit_and_the_median_one(tmp_path):
+    """By Off-RL's sums at its last step: of ten pairs the second, 7, and the sixth, 3. Off-RL's lines, then FPA's."""
+    drags = {7: -9.0, 2: -20.0, 0: -5.0, 1: -4.0, 5: -3.0, 3: -1.0, 4: 0.0, 6: 1.0, 8: 2.0, 9: 3.0}
+    for method, factor in (({}, 1.0), (FPA, -1.0)):
+        folder = fake_run(tmp_path / f"run{factor}", **method)
+        lines = [
+            f"{step},{pair},{side},{2 if pair == 7 else 1},1 2 18,{factor * drag * step / 10} 0 0.5"
+            for step in (0, 1, 5, 10)
+            for pair, drag in sorted(drags.items())
+            for side in ("correct", "incorrect")
+        ]
+        (folder / "tokens.csv").write_text("\n".join(["step,pair,side,first_wrong,tokens,logratios", *lines]) + "\n")
+    figure, chosen = plots.FIGURES["tokens"](results.read_runs(results.run_folders(tmp_path)))
+    assert [run.config["loss"] for run in chosen] == ["off_rl", "fpa"] and len(figure.axes) == 5  # a colour bar too
+    titles = [axis.get_title() for axis in figure.axes[:4]]
+    assert titles[0] == "10th-percentile pair, correct trace: in all -8.5 nats under Off-RL, +9.5 nats under FPA, λ = 2"
+    assert titles[2] == "median pair, correct trace: in all -0.5 nats under Off-RL, +1.5 nats under FPA, λ = 2"
+    for axis, drag in zip(figure.axes[:4], (-9, -9, -1, -1)):
+        first = axis.images[0].get_array()[:, 0].tolist()
+        assert first == pytest.approx([drag * part * sign for sign in (1, -1) for part in (0.1, 0.5, 1)])
+    boxes = [[patch.get_x() for patch in axis.patches] for axis in figure.axes[:4]]
+    assert boxes == [[], [1.5], [], [0.5]]
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names[0] == "Off-RL  step 1" and names[-1] == "FPA, λ = 2  step 10"
+    drawing.plt.close(figure)
+
+
+def test_the_first_study_has_the_parts_of_the_entanglement_alone():
+    figure, _ = plots.FIGURES["entanglement"](RUNS)
+    assert [axis.get_title() for axis in figure.axes][2] == "Pairs that equal weights lower: g > a"
+    assert len(figure.axes) == 3 and plots.FIGURES["drag"](RUNS) is None
+    drawing.plt.close(figure)
+
+
+@pytest.mark.parametrize("name", [name for name in plots.FIGURES if name != "drag"])  # whose columns the first study lacks
 def test_figures_are_those_of_the_tables(name):
     figure, chosen = plots.FIGURES[name](RUNS)
+    check_hygiene(figure)
     drawing.plt.close(figure)
     assert Image.open(FOLDER / "figures" / f"{name}.png").text["Description"] == drawing.fingerprint(chosen)
 
