@@ -200,7 +200,7 @@ class GPT(nn.Module):
     def generate(self, prompts, max_new_tokens, eos, pad, temperature=1.0, generator=None, samples=1):
         """Sample completions of prompts (B, P) -> (B * samples, max_new_tokens), EOS kept and PAD after it, prompt by prompt.
 
-        `temperature` is a number, or a tensor (samples,) with one for each sample of a prompt; 0 takes the most likely token.
+        `temperature` is a number, or one for each of a prompt's samples, (samples,); 0 takes the most likely token.
         `eos` is a token or a tensor of several. `generator` is a torch.Generator on the prompts' device.
         """
         B, P = prompts.shape

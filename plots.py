@@ -34,7 +34,7 @@ from study.drawing import (
 )
 from study.results import by, by_method, label, main_runs, mean_and_interval, read_folder, summary, where
 
-CORRECT, MEDIAN = "logratio_correct", 50
+CORRECT = "logratio_correct"
 SPREAD = {(5, 95): 0.22, (25, 75): 0.45}  # percentiles of the correct rows between which a band lies: its opacity
 
 # --- panels
@@ -70,7 +70,7 @@ def panel_spread(axis, colour, runs):
     steps = mean("step")
     for (low, high), alpha in SPREAD.items():
         axis.fill_between(steps, mean(f"{CORRECT}_p{low}"), mean(f"{CORRECT}_p{high}"), color=colour, alpha=alpha, linewidth=0)
-    axis.plot(steps, mean(f"{CORRECT}_p{MEDIAN}"), color=colour, linewidth=1.8)
+    axis.plot(steps, mean(f"{CORRECT}_p50"), color=colour, linewidth=1.8)
     symlog(axis)
     lowest, below = mean(f"{CORRECT}_p5")[-1], mean(f"{CORRECT}_below_0")[-1]
     ends = f"{100 * below:.0f} % of correct rows end\nbelow 0, and 5 % below {lowest:.3g} nats"
@@ -185,7 +185,8 @@ def figure_lambda(runs):
         axis.set_xticks(range(len(lams)), [f"{lam:g}" for lam in lams])
         axis.set(title=title, xlabel="λ (not to scale)", ylabel="pass@1", ylim=(0, 1))
     handles = [
-        Line2D([], [], color=colour_of(loss), label=LOSSES[loss].label) for loss in {r.config["loss"]: 0 for r in chosen}
+        Line2D([], [], color=colour_of(loss), label=LOSSES[loss].label)
+        for loss in dict.fromkeys(run.config["loss"] for run in chosen)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure, chosen

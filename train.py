@@ -24,12 +24,11 @@ from plumbing import flags, jobs
 from plumbing.batches import batch_order, draw_order, seeded
 from plumbing.files import UserError, digest, locked, remove_leftovers, write_tensors, write_text
 from plumbing.keeper import Keeper, OneFile, Random, adamw, begin, update
-from plumbing.log import Log, Steps, environment, step_numbers
+from plumbing.log import PERCENTILES, Log, Steps, environment, step_numbers
 from study.results import is_finished, read_runs, summary
 from toy_math.rollouts import evaluate, sample_groups, samples_text
 from toy_math.stages import add_task_flags, draw_splits, evaluation_settings, prepare, settle_task_flags, stage_settings
 
-PERCENTILES = (5, 25, 50, 75, 95)  # of the monitored rows' log-ratios
 MONITORED = 128  # training rollouts of each kind whose log-probabilities are logged
 
 
@@ -71,7 +70,7 @@ def train_policy(args, settings, folder, world, title=""):
     if args.diagnostics:
         from study.diagnostics import Observer
 
-        observers.append(Observer(model, rollouts, run, folder))
+        observers.append(Observer(model, rollouts, run, folder, add_logps))
     # from here to the loop: the folder, the log and the checkpoints
     begin(folder, {**settings, "measured": world.measured, "environment": environment(args.device)}, args.resume)
     exam = Exam(run, world)
@@ -145,8 +144,8 @@ class Exam:
             columns[f"{name}_{kind}"] = values[name][groups[kind]].mean().item()
         for kind, rows in groups.items():  # the drag is a heavy tail, which a mean does not show
             logratio = b.logratio[rows]
-            for percent in PERCENTILES:
-                columns[f"logratio_{kind}_p{percent}"] = logratio.quantile(percent / 100).item()
+            quantiles = logratio.quantile(torch.tensor(PERCENTILES, device=logratio.device) / 100).tolist()
+            columns |= {f"logratio_{kind}_p{percent}": value for percent, value in zip(PERCENTILES, quantiles)}
             columns[f"logratio_{kind}_below_0"] = (logratio < 0).float().mean().item()
         return columns
 

@@ -195,12 +195,13 @@ def training_tensors(model, optimizer):
     tensors = {f"weight.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     names = {parameter: name for name, parameter in model.named_parameters()}
     for part in parts(optimizer):
-        moments = ("momentum_buffer",) if isinstance(part, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
+        counts = isinstance(part, torch.optim.AdamW)  # its steps
+        moments = ("exp_avg", "exp_avg_sq") if counts else ("momentum_buffer",)
         for parameter in part.param_groups[0]["params"]:
             state = part.state[parameter]
             if not state:
                 state.update({moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments})
-                if len(moments) == 2:  # AdamW counts its steps
+                if counts:
                     state["step"] = torch.zeros((), device=parameter.device)
             tensors |= {f"{moment}.{names[parameter]}": state[moment] for moment in moments}
     return tensors

@@ -16,15 +16,17 @@ from tqdm import tqdm
 from .files import NonFiniteError, write_csv
 
 FORMAT = 4  # of logs and cached stages, part of every digest: raise it when the meaning of one changes
-COLUMNS = (
-    "step loss grad_norm accuracy accuracy_0.7 accuracy_greedy pass@4 pass@16 entropy malformed logratio_correct "
-    "logratio_incorrect pi_correct pi_incorrect pihat_correct pihat_incorrect coefficient_correct coefficient_incorrect "
-    "below_0.2_pi below_0.2_pihat skipped seconds tokens_trained tokens_sampled "
-    "logratio_correct_p5 logratio_correct_p25 logratio_correct_p50 logratio_correct_p75 logratio_correct_p95 "
-    "logratio_correct_below_0 logratio_incorrect_p5 logratio_incorrect_p25 logratio_incorrect_p50 logratio_incorrect_p75 "
-    "logratio_incorrect_p95 logratio_incorrect_below_0 test_accuracy test_accuracy_0.7 test_accuracy_greedy test_pass@4 "
-    "test_pass@16 test_entropy"
-).split()
+PERCENTILES = (5, 25, 50, 75, 95)  # of the monitored rows' log-ratios
+ASKED = "accuracy accuracy_0.7 accuracy_greedy pass@4 pass@16 entropy".split()  # on validation and on test problems
+COLUMNS = [
+    *"step loss grad_norm".split(),
+    *ASKED,
+    *"malformed logratio_correct logratio_incorrect pi_correct pi_incorrect pihat_correct pihat_incorrect".split(),
+    *"coefficient_correct coefficient_incorrect below_0.2_pi below_0.2_pihat skipped seconds".split(),
+    *"tokens_trained tokens_sampled".split(),
+    *(f"logratio_{kind}_{part}" for kind in ("correct", "incorrect") for part in (*(f"p{p}" for p in PERCENTILES), "below_0")),
+    *(f"test_{name}" for name in ASKED),
+]
 MEANS = ("loss", "grad_norm", "coefficient_correct", "coefficient_incorrect")  # of a row, over the steps since the last one
 COUNTS = ("below_0.2_pi", "below_0.2_pihat", "tokens_trained", "tokens_sampled")  # running sums over all steps
 progress = functools.partial(tqdm, disable=None, leave=False)  # disable=None: a bar on a terminal only

@@ -21,20 +21,25 @@ LAMS = [0.5, 1, 2, 3, 5, 7]
 
 
 @torch.no_grad()
-def coefficients(model, rollouts, pairs, run):
-    """The run's own coefficients C (P, 2) of pairs (P, 2); NaN of a loss that takes what only its training step has, as kto."""
+def coefficients(model, rollouts, pairs, run, add_logps):
+    """The run's own coefficients C (P, 2) of pairs (P, 2); NaN of a loss that takes what only its training step has, as kto.
+
+    add_logps is train.py's, which imports this file.
+    """
     b = rollouts[pairs.T.flatten()]  # the correct rows first
-    logits = model(b.inputs, b.start)
-    b.logps = token_logps(logits, b.tokens, b.mask)
-    b.logp_sum = b.logps.sum(-1)
-    b.future_logp_sum = token_logps(future_logits(logits, b.ref_logits, run.lam), b.tokens, b.mask).sum(-1)
-    b.logratio = b.logp_sum - b.ref_logp_sum
+    add_logps(model, b, run.lam)
     if not all(hasattr(b, name) for name in LOSSES[run.loss].inputs):
         return torch.full(pairs.shape, torch.nan, device=pairs.device)
     return objective(b, run)[1].view(2, -1).T
 
 
-def entanglement(model, rollouts, pairs, run):
+def parting(rollouts, pairs):
+    """The first token at which the rollouts of each pair (P, 2) differ, counted from the completion's first: (P,)."""
+    correct, incorrect = (rollouts.tokens[rows] for rows in pairs.T)
+    return (correct != incorrect).int().argmax(-1) - 1  # position 0 holds the last token of the prompt
+
+
+def entanglement(model, rollouts, pairs, run, add_logps):
     """Means over pairs (P, 2) of row numbers, a correct and an incorrect one, of their gradients of logp_sum.
 
     a = |grad logp_w|^2, b = |grad logp_l|^2, g their inner product, cosine = g / sqrt(a b), and the share of pairs with g > a,
@@ -54,7 +59,7 @@ def entanglement(model, rollouts, pairs, run):
         correct, incorrect = gradients
         products.append(torch.stack([correct @ correct, incorrect @ incorrect, correct @ incorrect]))
     a, b, g = torch.stack(products).T  # (P,) each
-    weight_w, weight_l = coefficients(model, rollouts, pairs, run).T
+    weight_w, weight_l = coefficients(model, rollouts, pairs, run, add_logps).T
     net = weight_w * a - weight_l * g
     means = {"a": a, "b": b, "g": g, "cosine": g / (a * b).sqrt(), "share_g_above_a": (g > a).float()}
     means |= {"net": net, "share_net_below_0": (net < 0).float().masked_fill(net.isnan(), torch.nan)}
@@ -69,13 +74,12 @@ def token_logratios(model, rollouts, pairs, lam):
     log-probabilities under the reference and under the future policy of lam.
     """
     rows = []
-    for number, pair in enumerate(pairs):
+    for number, (pair, first) in enumerate(zip(pairs, parting(rollouts, pairs).tolist())):
         b = rollouts[pair]
         logits = model(b.inputs, b.start)
         logps, ref_logps, future_logps = (
             token_logps(some, b.tokens, b.mask) for some in (logits, b.ref_logits, future_logits(logits, b.ref_logits, lam))
         )
-        first = (b.tokens[0] != b.tokens[1]).int().argmax().item() - 1  # counted from the first completion token
         for side, name in enumerate(("correct", "incorrect")):
             length = b.length[side]
             ids = b.tokens[side, 1 : 1 + length].tolist()
@@ -123,11 +127,11 @@ class Observer:
     """Call it before every step and after the last one; it measures and writes the tables. A part of a checkpoint.
 
     It observes the first pairs that a loss on pairs would train on. `run` holds the loss, whose C it takes, and the λ of
-    tokens.csv's future policy. Raises UserError where there are no pairs.
+    tokens.csv's future policy. add_logps is train.py's. Raises UserError where there are no pairs.
     """
 
-    def __init__(self, model, rollouts, run, folder):
-        self.model, self.rollouts, self.run, self.folder = model, rollouts, run, folder
+    def __init__(self, model, rollouts, run, folder, add_logps):
+        self.model, self.rollouts, self.run, self.folder, self.add_logps = model, rollouts, run, folder, add_logps
         pairs = pair_order(rollouts.reward, rollouts.problem_ids, 1, 2 * PAIRS, run.seed).view(2, -1).T  # (P, 2)
         self.pairs = pairs.to(rollouts.reward.device)
         self.token_pairs = self.pairs[rollouts.clean[self.pairs[:, 0]]][:TOKEN_PAIRS]
@@ -142,7 +146,8 @@ class Observer:
                 self.snapshots[step] = self.model(b.inputs, b.start)
             added["extrapolation"] = list(extrapolation(self.snapshots, step, b))
         if at_evaluation:
-            added["entanglement"] = [{"step": step, **entanglement(self.model, self.rollouts, self.pairs, self.run)}]
+            measured = entanglement(self.model, self.rollouts, self.pairs, self.run, self.add_logps)
+            added["entanglement"] = [{"step": step, **measured}]
             tokens = token_logratios(self.model, self.rollouts, self.token_pairs, self.run.lam)
             added["tokens"] = [{"step": step, **row} for row in tokens]
         for name, new in added.items():

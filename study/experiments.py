@@ -19,10 +19,7 @@ FIVE, PILOT = "--seed 0 1 2 3 4", "--seed 2000 2001 2002 2003 2004"
 # The commands behind the tables of results/, after `python train.py`. Those of results/slips are of an earlier version.
 EXPERIMENTS = {
     # docs/task.md has the rule that was written before these runs
-    "pilot": [
-        f"--task habit --habit {habit} --slip {slip} --eval-every 100 {PILOT}"
-        for habit, slip in ((0.6, 0.03), (0.6, 0.06), (0.8, 0.03))
-    ],
+    "pilot": [f"--task habit --habit {habit} --slip {slip} {PILOT}" for habit, slip in ((0.6, 0.03), (0.6, 0.06), (0.8, 0.03))],
     "main": [f"--diagnostics {FIVE}", f"--loss fpa --target incorrect {FIVE}", f"--loss sft {FIVE}"],
 }
 

@@ -22,6 +22,7 @@ from plumbing import flags
 from plumbing.batches import batch_order, pair_order
 from plumbing.files import NonFiniteError, UserError
 from plumbing.keeper import adamw, update
+from study.diagnostics import parting
 from toy_math.stages import prepare
 from toy_math.tokenizer import decode
 
@@ -116,12 +117,6 @@ def explain(args):
     print(screen(problem, texts, parting(rollouts, pair[None]).item(), both.length.tolist(), steps, tables))
     print(f"\nThe policy is {WALK} steps of {present.loss} away from the base model of seed {seed}; λ = {lam:g}.")
     print(reading(tables))
-
-
-def parting(rollouts, pairs):
-    """The first token at which the rollouts of each pair (P, 2) differ, counted from the completion's first: (P,)."""
-    correct, incorrect = (rollouts.tokens[rows] for rows in pairs.T)
-    return (correct != incorrect).int().argmax(-1) - 1  # position 0 holds the last token of the prompt
 
 
 def shared_share(rollouts, pairs):

@@ -236,7 +236,7 @@ class Guesser:
         return torch.zeros(*tokens.shape, VOCAB_SIZE)
 
     def generate(self, prompts, max_new_tokens, eos, pad, temperature, generator, samples):
-        completions, temperatures = [], temperature.expand(samples).repeat(len(prompts)).tolist()
+        completions, temperatures = [], torch.as_tensor(temperature).expand(samples).repeat(len(prompts)).tolist()
         for row, t in zip(prompts.repeat_interleave(samples, dim=0).tolist(), temperatures, strict=True):
             text, _ = decode(row[1:])
             clean = write_trace(read_problem(text))[0]

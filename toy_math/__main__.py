@@ -48,8 +48,8 @@ def show(args):
     for problem in problems[:5]:
         print(f"  {problem.prompt:16} -> {write_trace(problem)[0][-2:]}")
     likely = float(TASKS[args.task]["habit"] > 0.5)  # the most likely trace has every habit, or none
-    wrong = sum(not verify(problem, write_trace(problem, habit_rate=likely)[0]).correct for problem in problems)
-    print(f"  the corpus' most likely answer is wrong in {wrong / len(problems):.0%} of {len(problems)} problems")
+    mistaken = sum(not verify(problem, write_trace(problem, habit_rate=likely)[0]).correct for problem in problems)
+    print(f"  the corpus' most likely answer is wrong in {mistaken / len(problems):.0%} of {len(problems)} problems")
 
     problem, clean, wrong, slip = wrong_trace(problems, args.task, rng)
     marks = "".join("^" if a != b else " " for a, b in zip(clean, wrong))

@@ -58,7 +58,7 @@ def sample(model, problems, n_samples, temperature, generator, bar=iter):
     for first in bar(range(0, len(problems), at_once)):
         some = problems[first : first + at_once]
         prompts = prompt_tokens(some, generator.device)
-        tokens = model.generate(prompts, width, EOS, PAD, torch.tensor(temperature), generator, n_samples)
+        tokens = model.generate(prompts, width, EOS, PAD, temperature, generator, n_samples)
         for row, tokens_of_row in enumerate(tokens.tolist()):
             problem, (text, finished) = some[row // n_samples], decode(tokens_of_row)
             samples.append((problem, text, finished, verify(problem, text, finished)))

@@ -18,7 +18,7 @@ from losses import optimal_value, prompt_mean, token_logps
 from model import GPT, GPTConfig
 from plumbing.batches import seeded
 from plumbing.files import UserError, digest, locked, read_beside, write_beside, write_tensors, write_text
-from plumbing.flags import NO_DEFAULT, count_up_to, one_of, share
+from plumbing.flags import NO_DEFAULT, count, count_up_to, one_of, share
 from plumbing.keeper import Keeper, MuonAdamW, OneFile, update, warmup_cosine
 from plumbing.log import FORMAT, Steps, progress
 
@@ -121,8 +121,8 @@ def base_model(args, seed, settings, path):
         print(f"base model    cached       {path}")
         model.load_state_dict(load_file(path))
         return model
-    count, rng = args.base_steps * BASE_BATCH, random.Random(f"{seed}/corpus")
-    rows = corpus_rows(count, args.ops, args.slip, rng, settings.get("habit", 0.0))
+    rng = random.Random(f"{seed}/corpus")
+    rows = corpus_rows(args.base_steps * BASE_BATCH, args.ops, args.slip, rng, args.habit)
     print(f"base model    training     {path}   {args.base_steps} steps")
     tokens, mask = (x.to(args.device).split(BASE_BATCH) for x in pack(rows))
     matrices = [parameter for parameter in model.layers.parameters() if parameter.ndim == 2]
@@ -150,7 +150,7 @@ def draw_splits(args, seed, prompts):
         "validation": (VALIDATION_PROBLEMS, args.eval_ops),
         "test": (TEST_PROBLEMS, args.eval_ops),
     }
-    return tuple(draw_problems(*count, split, random.Random(f"{seed}/{split}")) for split, count in counts.items())
+    return tuple(draw_problems(*asked, split, random.Random(f"{seed}/{split}")) for split, asked in counts.items())
 
 
 def rollouts(args, seed, model, problems, path):
@@ -247,7 +247,7 @@ def add_task_flags(parser):
     add("--slip", type=share, metavar="X", help=f"probability that a step is wrong at random (default: {defaults}){NO_DEFAULT}")
     add("--base-steps", default=1500, type=count_up_to(200_000), metavar="N", help="training steps of the base model")
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", default=100, type=count_up_to(10**9), metavar="N", help="steps between evaluations")
+    add("--eval-every", default=100, type=count, metavar="N", help="steps between evaluations")
     add("--eval-samples", default=16, type=count_up_to(1000), metavar="N", help="samples at temperature 1 of each problem")
     add("--eval-ops", type=count_up_to(50), metavar="N", help=f"operations in a problem of the evaluations (default: --ops)"
         f"{NO_DEFAULT}")  # fmt: skip

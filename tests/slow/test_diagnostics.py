@@ -43,7 +43,7 @@ def test_entanglement_is_that_of_the_whole_gradients():
         token_logps(model(inputs), inputs, mask).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
     pairs = [(gradients[0], gradients[1]), (gradients[2], gradients[3])]
-    measured = diagnostics.entanglement(model, data, torch.tensor([[0, 1], [2, 3]]), run_of("off_rl"))
+    measured = diagnostics.entanglement(model, data, torch.tensor([[0, 1], [2, 3]]), run_of("off_rl"), train.add_logps)
     length = data.length.float()
     weight = (token_logps(model(data.inputs, data.start), data.tokens, data.mask).sum(-1) / length).exp() / length  # Off-RL's C
     net = [(weight[2 * i] * w @ w - weight[2 * i + 1] * w @ incorrect).item() for i, (w, incorrect) in enumerate(pairs)]
@@ -89,14 +89,14 @@ def test_net_is_what_a_small_step_does_to_the_correct_trajectory(loss, lam):
             for parameter in stepped.parameters():
                 parameter -= lr * parameter.grad
         changes.append((exact_logp(stepped, b) - before) / lr)
-    measured = diagnostics.entanglement(model, data, torch.tensor([[0, 1], [2, 3]]), run)
+    measured = diagnostics.entanglement(model, data, torch.tensor([[0, 1], [2, 3]]), run, train.add_logps)
     assert measured["net"] == pytest.approx(np.mean(changes), rel=1e-2)
     assert measured["share_net_below_0"] == np.mean([change < 0 for change in changes])
 
 
 def test_a_loss_whose_inputs_only_training_has_gets_nan():
     (_, model), data = tiny_data()
-    measured = diagnostics.entanglement(model, data, torch.tensor([[0, 1]]), run_of("kto"))
+    measured = diagnostics.entanglement(model, data, torch.tensor([[0, 1]]), run_of("kto"), train.add_logps)
     assert np.isnan(measured["net"]) and np.isnan(measured["share_net_below_0"]) and measured["a"] > 0
 
 
@@ -155,7 +155,7 @@ def test_a_straight_drift_is_forecast_exactly():
 def test_the_observer_writes_what_the_figures_read(tmp_path):
     (reference, model), data = tiny_data()
     model.load_state_dict(reference.state_dict())
-    observe = diagnostics.Observer(model, data, run_of("fpa", 2.0), tmp_path)
+    observe = diagnostics.Observer(model, data, run_of("fpa", 2.0), tmp_path, train.add_logps)
     assert {tuple(pair) for pair in observe.pairs.tolist()} == {(0, 1), (2, 3)}
     for step in range(21):
         observe(step, step % 10 == 0)
