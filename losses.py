@@ -99,10 +99,7 @@ TARGETS = ("both", "correct", "incorrect")
 
 
 def off_rl(logp_sum, length, reward):
-    """Vanilla offline RL: maximise E[r pi_bar], so the loss is -r pi_bar. C = pi_bar / |y|.
-
-    Autograd supplies the coefficient: grad pi_bar = pi_bar grad logp_mean.
-    """
+    """Vanilla offline RL: maximise E[r pi_bar], so the loss is -r pi_bar. Autograd supplies C = pi_bar / |y|."""
     pi_bar = (logp_sum / length).exp()
     return -reward * pi_bar, (pi_bar / length).detach()
 
@@ -145,10 +142,20 @@ def target_rows(reward, target):
 def sharpened(logp_sum, length, reward, lam=2.0, target="both"):
     """A control for FPA that sees no future and no reference: the present coefficient to a power, C = pi_bar^(1 + lam) / |y|.
 
-    On rows outside the target C is Off-RL's. The loss is a surrogate, as FPA's is.
+    On rows outside the target C is Off-RL's. A surrogate, as FPA's is.
     """
     power = 1 + lam * target_rows(reward, target).to(logp_sum.dtype)
     coefficient = ((logp_sum / length * power).exp() / length).detach()
+    return -reward * coefficient * logp_sum, coefficient
+
+
+def power(logp_sum, logratio, length, reward, lam=2.0, target="both"):
+    """A control for FPA without extrapolated logits: C = pi_bar (pi_bar / pi_bar_ref)^lam / |y|, at most 1 / |y| as FPA's is.
+
+    FPA's future policy is this product, token by token and normalised over the vocabulary. Target as in `sharpened`.
+    """
+    lam = lam * target_rows(reward, target).to(logp_sum.dtype)
+    coefficient = (((logp_sum + lam * logratio) / length).clamp(max=0).exp() / length).detach()
     return -reward * coefficient * logp_sum, coefficient
 
 
@@ -161,6 +168,31 @@ def constant(logp_sum, length, reward, weight=0.25):
 def reinforce(logp_sum, length, reward):
     """REINFORCE on the fixed rows, without importance weights: maximise E[r logp_mean]. C = 1 / |y|."""
     return -reward * logp_sum / length, 1 / length
+
+
+def nsr(logp_sum, length, reward, weight=0.1):
+    """Weighted REINFORCE (Zhu et al., arXiv 2506.01347): C_w = weight / |y|, C_l = 1 / |y|. NSR has weight 0."""
+    coefficient = torch.where(reward > 0, weight, 1.0).to(logp_sum.dtype) / length
+    return -reward * coefficient * logp_sum, coefficient
+
+
+def asymre(logp_sum, length, reward, mean_reward, shift=0.1):
+    """AsymRE (Arnal et al., arXiv 2506.20520): maximise E[(r - V) logp_mean], V a little below the mean reward of the prompt.
+
+    V = mean_reward - shift, mean_reward (B,) as in `pessimistic`. C = r (r - V) / |y|, which is negative where V passes r.
+    """
+    coefficient = reward * (reward - mean_reward + shift) / length
+    return -reward * coefficient * logp_sum, coefficient
+
+
+def topr(logp_sum, logratio, length, reward):
+    """Tapered off-policy REINFORCE, TOPR (Le Roux et al., arXiv 2503.14286): C_w = 1 / |y|, C_l = min(rho, 1) / |y|.
+
+    rho = exp(logratio), so it brakes by the distance from the reference policy. A surrogate too. The papers of these three sum
+    over tokens. Here the sum is divided by |y|, so that clipping the gradient's norm does not decide.
+    """
+    coefficient = (torch.where(reward > 0, 0.0, logratio.clamp(max=0)).exp() / length).detach()
+    return -reward * coefficient * logp_sum, coefficient
 
 
 def sft(logp_sum, length, reward):
@@ -181,12 +213,11 @@ def kto(logratio, reward, z0, beta=0.1, weight_correct=1.0, weight_incorrect=1.0
 
 
 def pessimistic(logratio, reward, mean_reward, beta=0.1, shift=0.0):
-    """Regression of the log-ratio on a shifted advantage (Sakhi et al., arXiv 2605.28150).
+    """Regression of the log-ratio on a shifted advantage (Sakhi et al., arXiv 2605.28150): (beta logratio - A)^2.
 
-    (beta logratio - A)^2 with A = r - mean_reward + shift beta; mean_reward (B,) is over the rows of the same prompt. The shift
-    as an argument of its own is our reading of the paper's shifted mean. C = 2 beta r (A - beta logratio) turns negative once
-    beta logratio has passed A. docs/method.md derives the minimiser and its constant c. c > 0 is pessimistic: it holds for
-    shift >= 0 and for slightly negative shifts. c = 0 is the Gibbs policy. c < 0 is optimistic, and fragile.
+    A = r - mean_reward + shift beta; mean_reward (B,) is over the rows of the same prompt. The shift as an argument of its own
+    is our reading of the paper. C turns negative once beta logratio has passed A. docs/method.md derives the minimiser, and for
+    which shifts it is pessimistic.
     """
     return regression(logratio, reward - mean_reward + shift * beta, reward, beta)
 
@@ -237,8 +268,7 @@ def dpo(logratio, beta=0.1):
 def rpo(logratio, logp_sum, length, beta=0.1, alpha=1.0):
     """RPO (Pang et al. 2024, eq. 1): DPO + alpha times the negative logp_mean of y_w. C_w = DPO's + alpha / |y_w|, C_l = DPO's.
 
-    The negative log-likelihood is divided by each sequence's own length, as in the paper; TRL's "sft" term averages over
-    all correct tokens of the batch instead.
+    The log-likelihood is divided by each sequence's own length, as in the paper; TRL averages over the batch's correct tokens.
     """
     losses, coefficient = dpo(logratio, beta)
     pairs = len(losses)
@@ -321,8 +351,8 @@ HYPERPARAMETERS = {
     "target": Hyperparameter("rows that take the future policy's coefficient", "target", choices=TARGETS),
     "beta": Hyperparameter("weight of the log-ratio", "β", above=0),
     "alpha": Hyperparameter("weight of the log-likelihood term", "α", at_least=0),
-    "weight": Hyperparameter("weight of grad logp_mean on incorrect rows", "weight", at_least=0),
-    "shift": Hyperparameter("shift of the advantage, in units of beta", "shift"),
+    "weight": Hyperparameter("weight of grad logp_mean on incorrect rows; nsr: on correct rows", "weight", at_least=0),
+    "shift": Hyperparameter("shift of the advantage, in units of beta; asymre: of the reward", "shift"),
     "dapo": Hyperparameter("DAPO: average over all tokens of the batch, and drop groups whose rewards are all equal", "DAPO"),
 }
 
@@ -345,10 +375,20 @@ LOSSES = {
         ("2β(A − βΔ_w), A = r − mean(r) + shift·β", "2β(βΔ_l − A)"), {"beta": 0.1, "shift": 0.0}),
     "sft": Loss(sft, "SFT", "fine-tune on the correct rows alone", (r"1 / \|y_w\|", "0")),
     "reinforce": Loss(reinforce, "REINFORCE", "push all rows with the same weight", (r"1 / \|y_w\|", r"1 / \|y_l\|")),
+    "nsr": Loss(nsr, "NSR", "REINFORCE with a small weight on correct rows, or none",
+        (r"weight / \|y_w\|", r"1 / \|y_l\|"), {"weight": 0.1}),
+    "asymre": Loss(asymre, "AsymRE", "REINFORCE against a baseline a little below the mean reward",
+        (r"(1 − V) / \|y_w\|, V = mean(r) − shift", r"(1 + V) / \|y_l\|"), {"shift": 0.1}),
+    "topr": Loss(topr, "TOPR", "SFT, and incorrect rows pushed with a weight that falls with π / π_ref",
+        (r"1 / \|y_w\|", r"min(π_θ / π_ref, 1) / \|y_l\|"), has_fpa_form=True),
+    "future_topr": Loss(topr, "future TOPR", "TOPR with its weight from the future policy",
+        (r"1 / \|y_w\|", r"min(π̂ / π_ref, 1) / \|y_l\|"), {"lam": 2.0, "target": "both"}, has_fpa_form=True, form_of="topr"),
     "constant": Loss(constant, "constant", "a control: a constant weight on incorrect rows",
         (r"π̄_w / \|y_w\|", r"weight / \|y_l\|"), {"weight": 0.25}),
     "sharpened": Loss(sharpened, "sharpened", "a control: Off-RL's weight to a power, without a reference",
         (r"π̄_w^(1+λ) / \|y_w\|", r"π̄_l^(1+λ) / \|y_l\|"), {"lam": 2.0, "target": "both"}),
+    "power": Loss(power, "power", "a control: FPA's weight as a product of probabilities, without extrapolated logits",
+        (r"π̄_w (π̄_w / π̄_ref)^λ / \|y_w\|", r"π̄_l (π̄_l / π̄_ref)^λ / \|y_l\|"), {"lam": 2.0, "target": "both"}),
     "grpo": Loss(grpo, "GRPO", "online: sample groups, and push by the advantage in the group",
         (r"\|A\| / \|y\|, A = (r − mean) / (std + 1e-4)", "the same"), {"dapo": False}, online=True),
 }  # fmt: skip

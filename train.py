@@ -57,7 +57,7 @@ def train_policy(args, settings, folder, world, title=""):
     Writes config.json, log.csv, model.safetensors and, last, samples.txt; with --diagnostics study/diagnostics.py's tables too.
     `title` opens each line that it prints. Raises UserError, NonFiniteError, and Interrupted once a checkpoint is saved.
     """
-    run = SimpleNamespace(**{"lam": 0.0, **settings})
+    run = SimpleNamespace(**{"lam": 0.0, "schedule": "constant", **settings})
     online, rollouts = LOSSES[run.loss].online, world.rollouts
     model = copy.deepcopy(world.base)
     optimizer = adamw(model.parameters(), run.lr)
@@ -94,6 +94,8 @@ def train_policy(args, settings, folder, world, title=""):
             add_logps(model, b, run.lam)
             if "z0" in LOSSES[run.loss].inputs:  # KTO
                 b.z0 = kto_z0(model, world.base, b)
+            if run.schedule == "linear":
+                optimizer.param_groups[0]["lr"] = run.lr * (1 - step / run.steps)
             loss, coefficient = objective(b, run)  # --loss fpa: the gradient of losses.fpa_loss
             grad_norm = update(model, optimizer, loss, may_skip=args.skip_nonfinite > 0)  # backward, clip at 1, AdamW
             # ------------------------------------------------------------------
@@ -156,12 +158,13 @@ class Exam:
 def run_settings(args):
     """Settings of every run that the flags ask for, by folder name; a run's name is built from the values that it uses."""
     runs, methods = {}, flags.methods(args, LOSSES, HYPERPARAMETERS)
-    for seed, prompts, lr, method in itertools.product(args.seed, args.prompts, args.lr, methods):
+    for seed, prompts, lr, schedule, method in itertools.product(args.seed, args.prompts, args.lr, args.schedule, methods):
         _, settings = stage_settings(args, seed, prompts)
         settings |= {"lr": lr, "steps": args.steps, "batch_size": args.batch_size}
         settings |= {**evaluation_settings(args), "monitored": MONITORED, **method}
-        words = flags.method_words(method, HYPERPARAMETERS)
-        words += [f"prompts{prompts}", f"steps{args.steps}", f"lr{lr:g}", f"seed{seed}", digest(settings)]
+        words, falling = flags.method_words(method, HYPERPARAMETERS), schedule == "linear"
+        settings |= {"schedule": schedule} if falling else {}
+        words += [f"prompts{prompts}", f"steps{args.steps}", f"lr{lr:g}{'-linear' * falling}", f"seed{seed}", digest(settings)]
         runs["-".join(words)] = settings
     return runs
 

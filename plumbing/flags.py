@@ -273,6 +273,7 @@ def check_groups(parser, args, losses):
             f"not {args.rollouts}; try: {parser.typed('--rollouts', fits)}")  # fmt: skip
 
 
+SCHEDULES = ("constant", "linear")
 MOST_ROWS = 10**8  # rows that a run trains on, since their order is drawn before its first step
 
 
@@ -291,7 +292,9 @@ def add_training_flags(parser):
     add = parser.add_argument_group("training").add_argument
     add("--seed", nargs="+", default=[0], type=natural, metavar="N", help="seed of the whole pipeline, base model included")
     add("--steps", default=1000, type=count, metavar="N", help="optimizer steps")
-    add("--lr", nargs="+", default=[2e-4], type=learning_rate, metavar="X", help="AdamW's learning rate, constant")
+    add("--lr", nargs="+", default=[2e-4], type=learning_rate, metavar="X", help="AdamW's learning rate")
+    add("--schedule", nargs="+", default=["constant"], type=one_of(SCHEDULES), metavar="NAME", help="constant: the rate stays; "
+        "linear: it falls to 0 at the end")  # fmt: skip
     add("--batch-size", default=64, type=count, metavar="N", help="trajectories a step; offline, half correct, half incorrect")
     add("--skip-nonfinite", default=0, type=natural, metavar="N", help="leave out the updates of at most N steps whose loss or "
         "gradient is not finite; one more stops the run")  # fmt: skip

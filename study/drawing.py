@@ -27,7 +27,8 @@ LAST_OR_BEST = {"Final accuracy": final, "Best accuracy": lambda run: run.log["a
 COLOURS = {  # Okabe and Ito's palette and some of Paul Tol's colours, safe for colour-blind readers
     "off_rl": "#D55E00", "fpa": "#0072B2", "sft": "#009E73", "constant": "#CC79A7", "sharpened": "#E69F00", "grpo": "#333333",
     "simper": "#56B4E9", "dpo": "#882255", "rpo": "#999933", "kto": "#AA4499", "a_star_po": "#332288", "pessimistic": "#999999",
-    "reinforce": "#8C6D1F",
+    "reinforce": "#8C6D1F", "topr": "#117733", "future_topr": "#88CCEE", "power": "#CC3311", "asymre": "#DDAA33",
+    "nsr": "#661100",
 }  # fmt: skip
 OTHER = "#44AA99"  # of a loss without a colour of its own
 

@@ -148,6 +148,10 @@ def test_coefficients_by_hand():
         "reinforce": ([LN2, -LN4], [1 / 2, 1 / 4]),
         "constant": ([LN2 / 2, -LN4 / 4], [1 / 4, 1 / 16]),
         "sharpened": ([LN2 / 4, -LN4 / 16], [1 / 8, 1 / 64]),  # pi_bar^2
+        "power": ([LN2 * 2**-0.5, -LN4 * 2**-1.25], [2**-0.5 / 2, 2**-1.25 / 4]),  # pi_bar^2 / pi_bar_ref
+        "nsr": ([LN2 / 4, -LN4], [1 / 8, 1 / 4]),
+        "asymre": ([3 * LN2, LN4], [3 / 2, -1 / 4]),  # V = -2 is below both rewards
+        "topr": ([LN2, -LN4], [1 / 2, 1 / 4]),  # rho = 8 counts as 1
     }
     assert all(name in expected or f"test_{name}_by_hand" in globals() for name in OFFLINE)  # a new loss has its own test
     for name, (values, coefficient) in expected.items():
@@ -196,12 +200,64 @@ def test_the_fpa_form_has_the_future_coefficient_and_the_present_score(name, tar
     torch.testing.assert_close(leaf.grad, -batch.reward * expected / (6 if name in PAIRED else 12))
 
 
+def test_topr_pushes_an_incorrect_row_by_its_importance_weight_up_to_one():
+    """Le Roux et al. 2025: E_mu[min(rho, 1) r grad log pi] on incorrect rows, and SFT's gradient on correct ones."""
+    leaf = random_logp_sum().requires_grad_()
+    batch = batch_of(leaf)
+    LOSSES["topr"](batch, run_of("topr"))[0].sum().backward()
+    rho, again = batch.logratio.detach().exp(), random_logp_sum().requires_grad_()
+    assert ((rho < 1) & (batch.reward < 0)).any() and ((rho > 1) & (batch.reward < 0)).any()
+    weighted = (again - (leaf - batch.logratio).detach()).exp() / batch.length  # rho / |y|, with its own gradient
+    published = torch.where(batch.reward > 0, -again / batch.length, torch.where(rho < 1, weighted, again / batch.length))
+    published.sum().backward()
+    torch.testing.assert_close(leaf.grad, again.grad, rtol=1e-9, atol=0)
+
+
+def test_future_topr_by_hand():
+    # two rows of 2 tokens; the future policy gives each a quarter of its present probability, which is half of the reference's
+    leaf = torch.tensor([-2.0, -2.0], requires_grad=True)
+    batch = batch_of(leaf, length=torch.tensor([2.0, 2.0]))
+    batch = changed(batch, logratio=leaf - (leaf.detach() + LN2), future_logp_sum=leaf.detach() - 2 * LN2)
+    loss, coefficient = objective(batch, run_of("future_topr"))
+    loss.backward()
+    assert coefficient.tolist() == pytest.approx([1 / 2, 1 / 16])  # rho at the future policy is 1/8
+    assert leaf.grad.tolist() == pytest.approx([-1 / 4, 1 / 32])
+
+
+@pytest.mark.parametrize("lam", [0.5, 2.0])
+def test_power_is_fpa_without_the_normalisation_over_the_vocabulary(lam):
+    """The future policy of a token is pi (pi / pi_ref)^lam / Z, so power's C is FPA's times the geometric mean of Z."""
+    logits, ref_logits, tokens, mask, reward = random_case()
+    length = mask[:, 1:].sum(-1)
+    logp_sum, ref_logp_sum = sum_logp(logits, tokens, mask), sum_logp(ref_logits, tokens, mask)
+    future = sum_logp(future_logits(logits.float(), ref_logits.float(), lam), tokens, mask)
+    expected = fpa(logp_sum, future, length, reward)[1]
+    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    log_z = (logp + lam * (logp - ref_logp)).logsumexp(-1)[:, :-1].masked_fill(~mask[:, 1:], 0).sum(-1)
+    got = losses.power(logp_sum, logp_sum - ref_logp_sum, length, reward, lam)[1]
+    assert (log_z.abs() > 0.01).all()
+    torch.testing.assert_close(got, (expected * (log_z / length).exp()).to(got.dtype), rtol=1e-4, atol=0)
+
+
+def test_asymre_at_shift_zero_is_centred_and_a_shift_favours_correct_rows():
+    batch = batch_of(random_logp_sum(), length=torch.ones(12, dtype=torch.float64))
+    signed = [(batch.reward * LOSSES["asymre"](batch, run_of("asymre", shift=shift))[1]).sum() for shift in (0.0, 0.1)]
+    assert signed[0] == pytest.approx(0, abs=1e-12) and signed[1] == pytest.approx(1.2)
+
+
 @pytest.mark.parametrize("target", ["correct", "incorrect"])
-def test_a_sharpened_target_leaves_the_other_rows_to_off_rl(target):
+@pytest.mark.parametrize("name", ["sharpened", "power"])
+def test_a_controls_target_leaves_the_other_rows_to_off_rl(name, target):
     batch = batch_of(random_logp_sum())
-    coefficient = LOSSES["sharpened"](batch, run_of("sharpened", target=target))[1]
-    sharp, plain = ((batch.logp_sum / batch.length * power).exp() / batch.length for power in (2.5, 1.0))
-    torch.testing.assert_close(coefficient, torch.where((batch.reward > 0) == (target == "correct"), sharp, plain))
+    got, everywhere = (LOSSES[name](batch, run_of(name, target=rows))[1] for rows in (target, "both"))
+    plain = (batch.logp_sum / batch.length).exp() / batch.length
+    torch.testing.assert_close(got, torch.where((batch.reward > 0) == (target == "correct"), everywhere, plain))
+
+
+def test_the_sharpened_coefficient_is_a_power_of_off_rls():
+    batch = batch_of(random_logp_sum())
+    expected = (batch.logp_sum / batch.length * 2.5).exp() / batch.length
+    torch.testing.assert_close(LOSSES["sharpened"](batch, run_of("sharpened"))[1], expected)
 
 
 # --- the heart: fpa_loss and off_rl_loss, whole

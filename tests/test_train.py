@@ -359,11 +359,22 @@ def test_several_values_run_their_product(tmp_path):
     tail = "-prompts1024-steps1000-lr0.0002-seed0"
     assert names_of("--loss off_rl --lam 0 2", tmp_path) == [f"off_rl{tail}", f"fpa-lam2-both{tail}"]
     assert names_of("--loss fpa --lam 0", tmp_path) == [f"off_rl{tail}"]
+    assert names_of("--loss topr --lam 0 2", tmp_path) == [f"topr{tail}", f"future_topr-lam2-both{tail}"]
+    linear = f"sft{tail}".replace("lr0.0002", "lr0.0002-linear")
+    assert names_of("--loss sft --schedule constant linear", tmp_path) == [f"sft{tail}", linear]
     names = [f"dpo-beta0.5{tail}", f"dpo-lam1-both-beta0.5{tail}", f"sft{tail}"]
     assert names_of("--loss dpo sft --lam 0 1 --beta 0.5", tmp_path) == names
     words = "--loss a_star_po pessimistic constant grpo --dapo --shift -1 --weight 0"
     names = ["a_star_po-beta0.001", "pessimistic-beta0.1-shift-1", "constant-weight0", "grpo-dapo"]
     assert names_of(words, tmp_path) == [name + tail for name in names]
+
+
+def test_the_linear_schedule_falls_evenly_to_zero(finished, tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(train, "update", lambda model, optimizer, *words, **more: rates.append(
+        optimizer.param_groups[0]["lr"]) or keeper.update(model, optimizer, *words, **more))  # fmt: skip
+    run_with_cache(finished, tmp_path, "--loss", "sft", "--schedule", "linear", "constant", "--lr", "1e-3", "--jobs", "1")
+    assert rates == pytest.approx([1e-3 * (1 - step / 10) for step in range(10)] + [1e-3] * 10)
 
 
 def test_batches_are_half_correct_and_walk_through_every_row():
@@ -440,6 +451,7 @@ BAD_FLAGS = [
     ("--loss", "--loss"),
     ("--lr", "--lr"),
     ("--lr 1e-3 fast", "--lr"),
+    ("--schedule cosine", "--schedule"),
     ("--weight -1", "--weight"),
     ("--loss rpo --alpha nan", "--alpha"),
     ("--explain sft", "--explain"),

@@ -38,8 +38,9 @@ def test_every_loss_in_the_real_loop(finished, tmp_path, monkeypatch):
     logs = {f.name.split("-prompts")[0]: read_log(f)[-1] for f in run_with_cache(finished, tmp_path, *words)}
     names = ["off_rl", "fpa-lam3-both", "simper-lam3-both", "dpo-lam3-both-beta0.1", "rpo-lam3-both-beta0.1-alpha1", "sft"]
     names += ["kto-lam3-both-beta0.1", "a_star_po-beta0.001", "pessimistic-beta0.1-shift0", "reinforce", "grpo"]
+    names += ["nsr-weight0.1", "asymre-shift0.1", "topr", "future_topr-lam3-both", "power-lam3-both"]
     assert set(logs) == {*names, "constant-weight0.25", "sharpened-lam3-both"}
-    assert len({last["logratio_incorrect"] for last in logs.values()}) == 13  # no two are the same
+    assert len({last["logratio_incorrect"] for last in logs.values()}) == len(LOSSES)  # no two are the same
     for name, last in logs.items():
         assert float(last["grad_norm"]) > 0 and float(last["loss"]) != 0
         assert (float(last["coefficient_incorrect"]) == 0) == (name == "sft") and float(last["coefficient_correct"]) > 0
