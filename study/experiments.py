@@ -177,24 +177,31 @@ def run_missing(name, out, jobs, folder):
             train.main(args, todo)
 
 
-def run(argv=None):
-    """The command: list, or train and gather."""
-    parser = command_line(__doc__.splitlines()[0], prog="python -m study.experiments")
+GOES_ON = "finished runs, and checkpoints of the others, are kept; the same command goes on from there"
+
+
+def parse_names(parser, argv, what, known):
+    """Names of what there is to run, and where; tune.py's flags too. A wrong one is one line and exit code 2."""
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"experiments to run: {', '.join(EXPERIMENTS)}; without a name, list them")
+    add("names", nargs="*", metavar="NAME", help=f"{what} to run: {', '.join(known)}; without a name, list them")
     add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder that the runs are trained in")
     add("--to", default="results", type=printable_path, metavar="FOLDER", help="folder of the tables that hold the runs")
     add("--jobs", default=0, type=natural, metavar="N", help="runs at once, a thread each; 0: one a CPU thread, one on a GPU")
     args = parser.parse_args(argv)
     for name in args.names:
-        if name not in EXPERIMENTS:
+        if name not in known:
             split = f"; write {' '.join(name.replace(',', ' ').split())}" if "," in name else ""
-            hint = split or nearest(name, EXPERIMENTS) or f"; the experiments are {', '.join(EXPERIMENTS)}"
-            parser.error(f"no experiment {name!r}{hint}")
+            parser.error(f"{name!r} is none of the {what}{split or nearest(name, known) or ': ' + ', '.join(known)}")
     check_folder(parser, "--out", args.out)
     check_folder(parser, "--to", args.to)
-    kept = "finished runs, and checkpoints of the others, are kept; the same command goes on from there"
-    with command(parser.prog, kept, args.out):
+    return args
+
+
+def run(argv=None):
+    """The command: list, or train and gather."""
+    parser = command_line(__doc__.splitlines()[0], prog="python -m study.experiments")
+    args = parse_names(parser, argv, "experiments", EXPERIMENTS)
+    with command(parser.prog, GOES_ON, args.out):
         for name in args.names:
             run_missing(name, args.out, args.jobs, args.to)
             print(f"gathered      {gather(args.out, args.to)} new runs into {args.to}, from {args.out}")

@@ -208,13 +208,13 @@ def test_hours_are_those_of_own_runs_or_of_runs_like_them():
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("Main", "did you mean main?"), ("pilots", "did you mean pilot?"), ("x", "are pilot,")]
+    ("name", "hint"), [("Main", "did you mean main?"), ("pilots", "did you mean pilot?"), ("x", "experiments: pilot,")]
 )
 def test_a_wrong_name_gets_the_nearest(name, hint, capsys):
     with pytest.raises(SystemExit) as stop:
         experiments.run(["main", name])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and f"no experiment {name!r}" in error and hint in error
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"{name!r} is none of the experiments" in error and hint in error
 
 
 def test_only_what_is_missing_is_run(tmp_path, monkeypatch, capsys):
