@@ -13,7 +13,7 @@ from plumbing.flags import Parser, command, natural, one_of
 
 from .problems import draw_problems, verify, write_trace
 from .rollouts import overlap, read_rows, rollout_rows
-from .stages import TASKS
+from .stages import DEFAULT_TASK, TASKS
 
 
 def solutions(path, problems, task, rng):
@@ -68,8 +68,8 @@ def run(argv=None):
     parser = Parser(prog="python -m toy_math", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rollouts", nargs="?", type=printable_path, metavar="ROLLOUTS.jsonl",
         help="rollouts of a run, e.g. runs/cache/rollouts-….jsonl")  # fmt: skip
-    parser.add_argument("--task", type=one_of(TASKS), default="habit", metavar="NAME", help="errors of the corpus: habit, "
-        "systematic ones, or slips, random ones alone (default: habit)")  # fmt: skip
+    parser.add_argument("--task", type=one_of(TASKS), default=DEFAULT_TASK, metavar="NAME", help="errors of the corpus: habit, "
+        f"systematic ones, or slips, random ones alone (default: {DEFAULT_TASK})")  # fmt: skip
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="seed of the problems and errors (default: 0)")
     args = parser.parse_args(argv)
     with command(parser.prog):

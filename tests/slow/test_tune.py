@@ -3,7 +3,7 @@
 import pytest
 from test_train import TINY, refusal
 
-from study import tune
+from study import experiments, results, tune
 from study.tune import FAMILIES, KEPT, SEEDS, SETTINGS, search
 
 
@@ -51,6 +51,13 @@ def test_a_range_grows_where_the_choice_is_near_its_end():
     assert found.ranges["lr"][1] == 5e-3 and min(settings["lr"] for settings in found.asked[1]) < 5e-6
     assert found.chosen["lr"] == min(settings["lr"] for some in found.asked for settings in some)
     assert search("fpa", lambda settings, seed: None).asked == found.asked[:1]  # drawn alike in every process
+
+
+def test_no_reported_number_comes_from_a_seed_that_chose_something():
+    pilot = {settings["seed"] for settings in experiments.members()["pilot"].values()}
+    assert pilot | set(SEEDS) == set(results.TUNING_SEEDS)
+    others = [settings for name, runs in experiments.members().items() if name != "pilot" for settings in runs.values()]
+    assert others and not {settings["seed"] for settings in others} & set(results.TUNING_SEEDS)
 
 
 def test_numbers_are_drawn_over_their_whole_ranges():
