@@ -7,6 +7,7 @@ import inspect
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from full_scale.load_hf import PROMPT, empty_model, parameter_count, training_gi
 from losses import LOSSES
 from model import GPTConfig
 from plumbing.log import COLUMNS, progress_line
-from study import claims, results
+from study import claims, experiments, results
 
 ROOT, RESULTS = Path(__file__).resolve().parents[2], Path("results/slips")
 README, PAGES = Path("README.md"), sorted(Path("docs").glob("*.md"))
@@ -244,6 +245,24 @@ def runs():
 def claimed():
     """{id of a claim: its numbers}."""
     return {name: measured for name, (_, measured, _) in claims.claims(runs()).items()}
+
+
+def test_the_default_task_is_the_one_that_the_rule_chose():
+    """docs/task.md's rule, applied to the pilot's runs in results/; its table; and the default of the command."""
+    rows, spread = [], {}
+    for args in experiments.commands("pilot"):
+        pilot, cells, passes = results.where(results.read_folder(Path("results")), habit=args.habit, slip=args.slip), [], True
+        for loss, sign in (("off_rl", -1), ("fpa", 1)):
+            logs = [results.where(pilot, loss=loss, seed=seed)[0].log["test_accuracy"] for seed in range(2000, 2005)]
+            passes &= all(sign * (log[-1] - log[0]) > 0 for log in logs)
+            cells.append(", ".join(f"{log[0]:.2f} → {log[-1]:.2f}" for log in logs))
+        deviation = statistics.stdev(log[-1] for log in logs)
+        spread |= {(args.habit, args.slip): deviation} if passes else {}
+        cells += ["yes" if passes else "no", f"{deviation:.3f}"]
+        rows.append([f"`--habit {args.habit} --slip {args.slip}`", *cells])
+    assert table(Path("docs/task.md"), "setting") == rows
+    chosen = train.parse_args([])
+    assert chosen.task == "habit" and (chosen.habit, chosen.slip) == min(spread, key=spread.get)
 
 
 def test_pasted_output_is_the_committed_runs():
