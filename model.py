@@ -201,7 +201,8 @@ class GPT(nn.Module):
         """Sample completions of prompts (B, P) -> (B * samples, max_new_tokens), EOS kept and PAD after it, prompt by prompt.
 
         `temperature` is a number, or one for each of a prompt's samples, (samples,); 0 takes the most likely token.
-        `eos` is a token or a tensor of several. `generator` is a torch.Generator on the prompts' device.
+        `eos` is a token, a tensor of several, or a function from what is sampled so far (B * samples, t) to which rows end.
+        `generator` is a torch.Generator on the prompts' device.
         """
         B, P = prompts.shape
         c = self.config
@@ -220,7 +221,7 @@ class GPT(nn.Module):
                 logits = logits - temperatures * noise
             token = logits.argmax(-1)
             completions[:, t] = token.masked_fill(done, pad)
-            done |= torch.isin(token, eos)
+            done |= eos(completions[:, : t + 1]) if callable(eos) else torch.isin(token, eos)
             if t == max_new_tokens - 1 or done.all():
                 break
             hidden = self.hidden(token[:, None], cache, P + t)[:, -1]

@@ -1,5 +1,6 @@
 """Rollouts as tensors: read, paired with other prompts for KTO, padded into batches, split over processes."""
 
+import datetime
 import functools
 from types import SimpleNamespace
 
@@ -7,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from losses import optimal_value, prompt_mean
-from plumbing.files import UserError
+from plumbing.files import UserError, read_json, write_json
 
 from .processes import say
-from .rollouts import read_rollouts
+from .rows import read_rollouts, tokens_of
 
 
 def read_data(args, tokenizer, mismatched=False):
@@ -19,17 +20,15 @@ def read_data(args, tokenizer, mismatched=False):
     The tensors: prompt_length and length, in tokens; reward, +1 or -1; problem_ids; value and mean_reward, of a row's prompt;
     other_prompt, the row of another prompt for KTO's z0, or None where `mismatched` does not ask for it.
     """
-    encoded = functools.cache(tokenizer.encode)  # prompts repeat
+    encode = functools.cache(tokenizer.encode)  # prompts repeat
 
-    def tokenized(row):
-        prompt, completion = encoded(row["prompt"]), tokenizer.encode(row["completion"], special=False)
-        if row["finished"] and not (completion and completion[-1] in tokenizer.stops):
-            completion.append(tokenizer.eos)
+    def tokens(row):
+        prompt, completion = tokens_of(row, tokenizer, encode)
         if len(prompt) + len(completion) > args.max_length:
             raise ValueError(f"{len(prompt) + len(completion)} tokens, more than --max-length {args.max_length}")
-        return {**row, "tokens": torch.tensor(prompt + completion), "prompt_length": len(prompt)}
+        return {"tokens": torch.tensor(prompt + completion), "prompt_length": len(prompt)}
 
-    rows = read_rollouts(args.data, tokenizer, tokenized, skip_bad=args.skip_bad_lines, say=say)
+    rows = read_rollouts(args.data, tokenizer, tokens, skip_bad=args.skip_bad_lines, say=say)
     if len({row["label"] for row in rows}) < 2:
         raise UserError(f"{args.data}: needs correct and incorrect rows, and has {len(rows)} of one kind only")
     tokens, prompt_length = [row["tokens"] for row in rows], torch.tensor([row["prompt_length"] for row in rows])
@@ -46,6 +45,19 @@ def read_data(args, tokenizer, mismatched=False):
         mean_reward=prompt_mean(reward, ids),
         other_prompt=other_prompts(problem_ids.tolist()) if mismatched else None,
     )
+
+
+def first_date(tokenizer, folder):
+    """Today, or, of a chat template that asks for it, the first run's today: else a run would go on with other prompts."""
+    path, today = folder / "date.json", datetime.datetime.now()
+    if "strftime_now" not in str(tokenizer.tokenizer.chat_template):
+        return today
+    if not path.exists():
+        write_json(path, {"date": today.isoformat()})
+    try:
+        return datetime.datetime.fromisoformat(read_json(path).get("date"))
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: no date; remove it to take today's") from None
 
 
 def other_prompts(ids):

@@ -6,15 +6,14 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.files import read_json
-
 from .chunked import chunked_logps
-from .load_hf import empty_model, fill, find_tensors, gpt_config
+from .load_hf import fill, find_tensors
+from .published import empty_model, gpt_config
 
 
 def build(args, folder, mesh):
     """The checkpoint's GPT, its parameters sharded over the processes, each of which reads its own part."""
-    model = empty_model(gpt_config(read_json(folder / "config.json"), folder / "config.json"))
+    model = empty_model(gpt_config(folder))
     places = find_tensors(folder, model)
     lower = torch.bfloat16 if args.precision == "bf16" else None
     # inputs are not cast: the rotary table stays fp32, and the embedding's output has the parameters' type already

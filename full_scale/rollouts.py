@@ -2,9 +2,10 @@
 
     python -m full_scale.rollouts --model Qwen/Qwen2.5-Math-1.5B --problems problems.jsonl --n 8 --out rollouts.jsonl
 
-A line is {"prompt", "completion", "label"}, TRL's unpaired preference format, and the problem's number and `finished`, False
-where the answer was cut off. Answers are verified by math-verify. vLLM samples where it is installed, else model.py. Left
-out: the sampled token ids (training tokenizes the text again).
+A line is {"prompt", "completion", "label"}, TRL's unpaired preference format, the problem's number, `finished`, False where
+the answer was cut off, and the tokens that were asked and sampled, which training takes: prompt_ids, completion_ids. A
+text of --stop that ended an answer is its stop_reason. Answers are verified by math-verify. vLLM samples where it is
+installed, else model.py.
 
 A problems file has a JSON object a line. Fields by data set, as their dumps carry them, and the mapping to give:
     MATH-500        problem, answer                 none needed
@@ -14,14 +15,19 @@ A problems file has a JSON object a line. Fields by data set, as their dumps car
     OlympiadBench   question, final_answer (a list) --fields question final_answer
 """
 
+import argparse
+import bisect
 import collections
+import contextlib
+import datetime
+import inspect
 import json
 import os
 import random
 from importlib.util import find_spec
 
 import torch
-from math_verify import parse, verify
+from transformers import PreTrainedTokenizerBase
 
 from plumbing.files import (
     UserError,
@@ -37,54 +43,16 @@ from plumbing.files import (
 from plumbing.flags import NO_DEFAULT, answer_length, command, command_line, count, natural, zero_or_temperature
 from plumbing.log import progress
 
-from .load_hf import ChatTokenizer, checkpoint_key, fetch, load_pretrained
+from .formats import json_lines
+from .load_hf import checkpoint_key, fetch, load_pretrained
+from .prompts import PROMPT, ChatTokenizer
+from .rows import read_rollouts  # noqa: F401 (what is written here is read there)
+from .verdict import final_answer, gold_answer, is_correct, vote  # noqa: F401 (final_answer is one of this file's names)
 
 AT_ONCE = 64  # sequences that model.py samples together
 
 
-# --- lines
-
-
-def message_text(line, name, tokenizer):
-    """A prompt or completion as text: as it is, or, of a list of messages, by the chat template or the answer's content.
-
-    Raises ValueError, UserError.
-    """
-    if name not in line:
-        raise ValueError(f"no {name}")
-    value, asked = line[name], name == "prompt"
-    if isinstance(value, str):
-        return value
-    messages = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
-    texts = messages and all(isinstance(message.get(key), str) for message in value for key in ("role", "content"))
-    if not texts or (not asked and len(value) > 1):
-        raise ValueError(f"{name} is {shown(value)}, neither a text nor {'a list of messages' if asked else 'one message'}")
-    return tokenizer.render(value) if asked else value[0]["content"]
-
-
-def rollouts_of(line, tokenizer):
-    """A line's object -> its rows {"prompt", "completion", "label", "finished"}, a pair's two. Raises ValueError, UserError."""
-    prompt, rows = message_text(line, "prompt", tokenizer), []
-    for name in ("chosen", "rejected") if "chosen" in line else ("completion",):
-        completion = message_text(line, name, tokenizer)
-        label = field(line, "label", bool) if name == "completion" else name == "chosen"
-        finished = field(line, "finished", bool) if "finished" in line else True
-        if not completion and line.get("finished") is not True:  # as written below, it is an end at once
-            raise ValueError(f"{name} is empty")
-        rows.append({"prompt": prompt, "completion": completion, "label": label, "finished": finished})
-    return rows
-
-
-def read_rollouts(path, tokenizer, tokenized=lambda row: row, **words):
-    """A file of rollouts -> [{"prompt", "completion", "label", "finished", "problem_id"}], texts rendered.
-
-    TRL's unpaired lines (prompt, completion, label) or its paired ones (prompt, chosen, rejected), which become two rows.
-    Rows of the same prompt are of the same problem. `tokenized` may add to a row, or refuse it by ValueError or UserError;
-    `words` are those of files.read_lines. Raises UserError that names the file and its bad lines.
-    """
-    ids = {}
-    lines = read_lines(path, lambda line: [tokenized(row) for row in rollouts_of(line, tokenizer)], **words)
-    return [{**row, "problem_id": ids.setdefault(row["prompt"], len(ids))} for rows in lines for row in rows]
+# --- problems
 
 
 def read_problems(path, fields=("problem", "answer"), **words):
@@ -97,81 +65,100 @@ def read_problems(path, fields=("problem", "answer"), **words):
                 raise ValueError(f"no {name}, only {', '.join(line)[:60]}: map the fields by --fields")
             value = line[name]
             value = value[0] if isinstance(value, list) and len(value) == 1 else value  # OlympiadBench
-            if isinstance(value, (list, dict)) or value is None or not str(value).strip():
+            if isinstance(value, (list, dict, bool)) or value is None or not str(value).strip():
                 raise ValueError(f"{name} is {shown(value)}, not a text or a number")
-            values.append(str(value))
-        problem, answer = values
-        return problem, answer.rsplit("####", 1)[-1].strip()  # GSM8K's answer ends its solution
+            values.append(value)
+        answer = gold_answer(values[1])
+        if answer is None:
+            raise ValueError(f"{fields[1]} is {shown(values[1])}, which is no answer")
+        return str(values[0]), answer
 
-    return read_lines(path, parse, **words)
-
-
-def final_answer(completion):
-    """The last whole \\boxed{…}, or all of the completion where there is none."""
-    begin = len(completion)
-    while (begin := completion.rfind("\\boxed{", 0, begin)) >= 0:
-        depth = 0
-        for end in range(begin + len("\\boxed"), len(completion)):
-            depth += {"{": 1, "}": -1}.get(completion[end], 0)
-            if depth == 0:
-                return completion[begin : end + 1]
-    return completion
-
-
-def is_correct(answer, completion):
-    """Whether a completion's final answer equals the gold one, by math-verify; the last \\boxed{} counts."""
-    return bool(verify(parse(f"\\boxed{{{answer}}}"), parse(final_answer(completion))))
+    return read_lines(path, parse, lines=json_lines, **words)
 
 
 # --- sampling
 
 
-def sampler(args):
-    """A function from prompts and the number of samples of each to [[(text, finished)]], and the checkpoint's tokenizer."""
+def sampler(args, date):
+    """A function from prompts' ids and the number of samples of each to [[ids]], the tokenizer, and the texts that end."""
     folder = fetch(args.model)
     if args.engine == "vllm" or (args.engine == "auto" and torch.cuda.is_available() and find_spec("vllm")):
-        return vllm_sampler(args, folder)
+        return vllm_sampler(args, folder, date)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_pretrained(folder, torch.float32 if device == "cpu" else torch.bfloat16, device)
-    stops = torch.tensor(sorted(tokenizer.stops), device=device)
+    texts = prepare(tokenizer, args, date)
+    ends = text_ends(tokenizer, texts, device) if texts else torch.tensor(sorted(tokenizer.stops), device=device)
 
     def sample(prompts, counts, seed):
         """A prompt at a time: its samples are of one width, so that nothing is padded."""
         generator, answers = torch.Generator(device).manual_seed(seed), []
         for prompt, wanted in zip(prompts, counts):
-            tokens = torch.tensor([tokenizer.encode(prompt)], device=device)
+            tokens = torch.tensor([prompt], device=device)
             answers.append([])
             while len(answers[-1]) < wanted:
                 some = min(wanted - len(answers[-1]), AT_ONCE)
-                sampled = model.generate(tokens, args.max_tokens, stops, -1, args.temperature, generator, some)
-                for ids in sampled.tolist():
-                    ends = [i for i, token in enumerate(ids) if token in tokenizer.stops]
-                    answers[-1].append((tokenizer.decode(ids[: ends[0]] if ends else ids), bool(ends)))
+                sampled = model.generate(tokens, args.max_tokens, ends, -1, args.temperature, generator, some)
+                answers[-1] += [[token for token in ids if token >= 0] for ids in sampled.tolist()]
         return answers
 
-    return sample, tokenizer
+    return sample, tokenizer, texts
 
 
-def vllm_sampler(args, folder):
+def prepare(tokenizer, args, date):
+    """Settle how problems are asked -> the texts that end an answer."""
+    tokenizer.use_template(dict(args.template_arg), date, plain=not args.template)
+    return [*args.stop, *(["Problem:"] if args.shots and tokenizer.plain else [])]  # what would come after an answer
+
+
+def text_ends(tokenizer, texts, device):
+    """A function from sampled tokens (B, T), -1 after an end, to (B,): whether an answer ends with its last one."""
+    stops, width = torch.tensor(sorted(tokenizer.stops), device=device), 4 * max(map(len, texts)) + 1  # 4: bytes of a letter
+
+    def ends(sampled):
+        over = torch.isin(sampled[:, -1], stops)
+        for row in (~over & (sampled[:, -1] >= 0)).nonzero()[:, 0].tolist():
+            tail = tokenizer.decode(sampled[row, -width:].tolist(), special=True)
+            over[row] = any(text in tail for text in texts)
+        return over
+
+    return ends
+
+
+def vllm_sampler(args, folder, date):
     """The same with vLLM, all prompts at once, over `--gpus` GPUs."""
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise UserError(f"--engine vllm: {error}; pip install vllm") from None
     tokenizer = ChatTokenizer(folder)
+    texts = prepare(tokenizer, args, date)
     engine = LLM(model=str(folder), tensor_parallel_size=args.gpus)
 
     def sample(prompts, counts, seed):
         asked = [
-            SamplingParams(n=wanted, temperature=args.temperature, max_tokens=args.max_tokens, seed=seed + i,
-                           stop_token_ids=sorted(tokenizer.stops))
+            SamplingParams(n=wanted, temperature=args.temperature, max_tokens=args.max_tokens, seed=seed + i, stop=texts,
+                           stop_token_ids=sorted(tokenizer.stops), skip_special_tokens=False)
             for i, wanted in enumerate(counts)
         ]  # fmt: skip
-        inputs = [{"prompt_token_ids": tokenizer.encode(prompt)} for prompt in prompts]
-        outputs = engine.generate(inputs, asked)
-        return [[(sampled.text, sampled.finish_reason == "stop") for sampled in output.outputs] for output in outputs]
+        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked)
+        return [[list(sampled.token_ids) for sampled in output.outputs] for output in outputs]
 
-    return sample, tokenizer
+    return sample, tokenizer, texts
+
+
+def answer_of(ids, prompt, tokenizer, texts):
+    """Sampled ids after a prompt's -> the fields of their row, up to the first end, a token or one of `texts`.
+
+    The text has the special tokens of the answer but not its end; the ids have both.
+    """
+    end = next((i for i, token in enumerate(ids) if token in tokenizer.stops), None)
+    text = tokenizer.decode_after(prompt, ids[:end])
+    stop = min((stop for stop in texts if stop in text), key=text.index, default=None)
+    if stop is None:
+        return {"completion": text, "finished": end is not None, "completion_ids": ids if end is None else ids[: end + 1]}
+    length = bisect.bisect_left(range(len(ids)), True, key=lambda n: stop in tokenizer.decode_after(prompt, ids[:n]))
+    text = tokenizer.decode_after(prompt, ids[:length]).partition(stop)[0]  # bytes of a letter that is cut may read otherwise
+    return {"completion": text, "finished": True, "completion_ids": ids[:length], "stop_reason": stop}
 
 
 def sampled_row(row):
@@ -186,12 +173,14 @@ def sample_problems(args):
 
     Raises UserError, also where the file was made with other settings, which are kept beside it.
     """
-    problems = read_problems(args.problems, args.fields, skip_bad=args.skip_bad_lines)
-    settings = {key: getattr(args, key) for key in ("model", "n", "temperature", "max_tokens", "seed")}
+    problems, shots = read_problems(args.problems, args.fields, skip_bad=args.skip_bad_lines), read_shots(args)
+    settings = {key: getattr(args, key) for key in ("model", "n", "temperature", "max_tokens", "seed", "stop", "strict")}
     settings |= {"problems": digest(problems), "checkpoint": checkpoint_key(fetch(args.model))}
-    beside, rows = args.out.with_name(args.out.name + ".json"), []
+    settings["prompt"] = digest([args.system, shots, args.template, args.template_arg])
+    beside, rows, date = args.out.with_name(args.out.name + ".json"), [], datetime.datetime.now()
     if args.out.exists():
-        if not beside.exists() or read_json(beside) != settings:
+        date = date_of(beside, settings)
+        if not date:
             raise UserError(f"{args.out} was made with other settings or problems: name another --out, or remove it")
         whole = args.out.read_bytes().rpartition(b"\n")[0]
         os.truncate(args.out, len(whole) + bool(whole))  # a line torn by an interruption is sampled again
@@ -204,23 +193,90 @@ def sample_problems(args):
         print(f"resuming {args.out}: {len(rows)} of {args.n * len(problems)} rollouts are there")
     if not todo:
         return rows
-    sample, tokenizer = sampler(args)
-    write_json(beside, settings)
+    sample, tokenizer, texts = sampler(args, date)
+    asked = prompts_of([tokenizer.ask(problems[i][0], args.system, shots) for i in todo], tokenizer, args.max_tokens)
+    write_json(beside, {**settings, "date": date.isoformat()})
     with open(args.out, "a", encoding="utf-8") as file, progress(total=len(todo), desc="problems") as bar:
-        for some in (todo[i : i + args.at_once] for i in range(0, len(todo), args.at_once)):
-            prompts, counts = [tokenizer.ask(problems[i][0]) for i in some], [args.n - have[i] for i in some]
+        for first in range(0, len(todo), args.at_once):
+            some, prompts = (values[first : first + args.at_once] for values in (todo, asked))
             seed = random.Random(f"{args.seed}/{some[0]}/{have[some[0]]}").getrandbits(31)
-            for i, prompt, answers in zip(some, prompts, sample(prompts, counts, seed)):
-                for text, finished in answers:
-                    row = {"prompt": prompt, "completion": text, "label": is_correct(problems[i][1], text)}
-                    rows.append({**row, "problem_id": i, "finished": finished})
+            sampled = sample([ids for _, ids in prompts], [args.n - have[i] for i in some], seed)
+            for i, (prompt, prompt_ids), answers in zip(some, prompts, sampled):
+                for ids in answers:
+                    answer = answer_of(ids, prompt_ids, tokenizer, texts)
+                    label = is_correct(problems[i][1], answer["completion"], answer["finished"], args.strict)
+                    row = {"prompt": prompt, "completion": answer["completion"], "label": label, "problem_id": i}
+                    rows.append({**row, **answer, "prompt_ids": prompt_ids})
                     file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(some))
     return rows
 
 
+def date_of(beside, settings):
+    """The date of the prompts of an interrupted command, from the file beside its rows; None where it had other settings."""
+    made = read_json(beside) if beside.exists() else {}
+    with contextlib.suppress(TypeError, ValueError):
+        date = datetime.datetime.fromisoformat(made.pop("date", None))
+        return date if made == settings else None
+
+
+def read_shots(args):
+    """--shots: the (problem, solution) pairs of a file's first N lines. Raises UserError.
+
+    A line's solution is its `solution`, as in MATH, or its answer, as in GSM8K, where this has the steps.
+    """
+    if not args.shots:
+        return []
+    path, wanted = args.shots
+
+    def parse(line):
+        return [field(line, name, str) for name in (args.fields[0], "solution" if "solution" in line else args.fields[1])]
+
+    shots = read_lines(path, parse, lines=json_lines)
+    if len(shots) < wanted:
+        raise UserError(f"{path}: has {len(shots)} lines, and --shots asks for {wanted}")
+    return shots[:wanted]
+
+
+def prompts_of(texts, tokenizer, max_tokens):
+    """Prompts -> [(text, ids)]; says where an answer of so many tokens is longer than the model was made for."""
+    prompts = [(text, tokenizer.encode(text, special=tokenizer.plain)) for text in texts]
+    most, positions = max(len(ids) for _, ids in prompts) + max_tokens, tokenizer.positions
+    if positions and most > positions:
+        print(f"warning: the longest prompt and --max-tokens are {most:,} tokens, and the model's positions {positions:,}")
+    return prompts
+
+
 # --- the command
+
+
+class Shots(argparse.Action):
+    """--shots FILE N: a path and a number."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        try:
+            setattr(namespace, self.dest, (printable_path(values[0]), count(values[1])))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+
+def template_arg(text):
+    """NAME=VALUE -> (name, value), JSON's value where it is one. Raises ArgumentTypeError."""
+    name, equals, value = text.partition("=")
+    reserved = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"chat_template"}
+    if not name.isidentifier() or not equals or name in {"messages", *reserved}:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE with a name that the template reads, not {text!r}")
+    with contextlib.suppress(ValueError):
+        return name, json.loads(value)
+    return name, value
+
+
+def text(value):
+    """A text that is not empty. Raises ArgumentTypeError."""
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
 
 
 def add_flags(parser, n, temperature):
@@ -237,11 +293,23 @@ def add_flags(parser, n, temperature):
     add("--fields", nargs=2, default=["problem", "answer"], metavar=("PROBLEM", "ANSWER"), help="names of these two fields")
     add("--n", default=n, type=count, help="samples of each problem")
     add("--temperature", default=temperature, type=zero_or_temperature, metavar="X", help="0: the most likely token")
+    add("--system", metavar="TEXT", help=f"instruction, '' for none (default: {PROMPT} With --shots: none){NO_DEFAULT}")
+    add("--shots", nargs=2, action=Shots, metavar=("FILE", "N"), help="solved problems before each one, the first N of a file")
+    add("--template", default=True, action=argparse.BooleanOptionalAction, help="ask by the checkpoint's chat template, if any")
+    add("--template-arg", default=[], action="append", type=template_arg, metavar="NAME=VALUE", help="for the chat template, "
+        f"such as enable_thinking=false; can be repeated{NO_DEFAULT}")  # fmt: skip
+    add("--stop", nargs="+", default=[], type=text, metavar="TEXT", help="texts that end an answer; for base models"
+        f"{NO_DEFAULT}")  # fmt: skip
     add("--max-tokens", default=2048, type=answer_length, metavar="N", help="longest answer")
     add("--engine", default="auto", choices=["auto", "vllm", "own"], help="auto: vLLM where it and a GPU are, else model.py")
     add("--gpus", default=1, type=count, metavar="N", help="that vLLM spreads the model over; model.py takes one")
     add("--at-once", default=64, type=count, metavar="N", help="problems sampled before their lines are written")
     add("--seed", default=0, type=natural, metavar="N", help="of the sampling")
+    add(
+        "--strict",
+        action="store_true",
+        help="an answer counts in a \\boxed{} alone; without this also behind a marker, or at the end",
+    )
     add("--skip-bad-lines", action="store_true", help="go on without the problems' bad lines")
 
 
@@ -258,15 +326,19 @@ def run(argv=None, parser=None, n=8, temperature=1.0, report=None):
         help=f"rollouts; an interrupted command goes on there{NO_DEFAULT}",
     )
     args = parser.parse_args(argv)
+    if args.system is None:
+        args.system = "" if args.shots else PROMPT
     kept = f"{args.out} keeps what is sampled; the same command goes on from there"
     with command(parser.prog, kept, args.out):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with locked(args.out.with_name(f"{args.out.name}.lock"), args.out):
             rows = sample_problems(args)
         correct, finished = (sum(row[name] for row in rows) / len(rows) for name in ("label", "finished"))
-        print(f"{args.out}: {len(rows)} rollouts, {correct:.1%} correct, {finished:.1%} finished")
+        unparsed = sum(vote(row, args.strict) is None for row in rows)
+        shares = f"{correct:.1%} correct, {finished:.1%} finished"
+        print(f"{args.out}: {len(rows)} rollouts, {shares}, {unparsed} answers could not be parsed")
         if report:
-            print(report(rows))
+            print(report(rows, args.strict))
 
 
 if __name__ == "__main__":

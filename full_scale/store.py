@@ -1,18 +1,20 @@
 """A sharded run's checkpoint, which any number of processes can load: the store of plumbing/keeper.py's Keeper.
 
-Weights and AdamW's moments are safetensors files of torch.distributed.checkpoint. state.json holds the rest, and the size of
-every file. A new checkpoint is written beside the last one and then takes its name: at every moment one of them is whole.
+Weights and AdamW's moments are safetensors files of torch.distributed.checkpoint. state.json holds the rest, and a checksum of
+itself and of every file. A new checkpoint is written beside the last one and then takes its name: at every moment one is whole.
 """
 
 import contextlib
+import hashlib
 import shutil
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from plumbing.files import UserError, read_json, write_json
+from plumbing.files import UserError, digest, read_json, write_json
 from plumbing.keeper import set_updates, training_tensors, updates
 
 from .processes import agreed, is_first
@@ -65,8 +67,8 @@ class ShardedStore:
             dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(new), shards, save_distributed=True))
         dist.barrier()
         if is_first():
-            state = {**state, "updates": updates(self.optimizer)}
-            write_json(new / "state.json", {**state, "files": {path.name: path.stat().st_size for path in new.iterdir()}})
+            state = {**state, "updates": updates(self.optimizer), "files": {p.name: block_checksum(p) for p in new.iterdir()}}
+            write_json(new / "state.json", {**state, "digest": digest(state)})
             if old.exists():
                 old.rename(self.folder / "checkpoint.old")
             new.rename(old)
@@ -79,11 +81,26 @@ class ShardedStore:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
+def block_checksum(path):
+    """A checksum of a file in a fiftieth of the time that writing it takes, where SHA-256 of all of it takes a third.
+
+    It is the SHA-256 of every 4 KiB's sum, as 64-bit words, and of the rest. A wrong word changes it, and so does a block that
+    is missing or moved. It is no seal: whoever wants to can write another file with the same one.
+    """
+    size, words = path.stat().st_size, 4096 // 8
+    blocks = np.memmap(path, np.uint64, "r", shape=(size // 4096, words)) if size >= 4096 else np.empty((0, words), np.uint64)
+    with open(path, "rb") as file:
+        file.seek(blocks.nbytes)
+        return hashlib.sha256(blocks.sum(1).tobytes() + file.read()).hexdigest()
+
+
 def read_state(folder):
     """state.json of a checkpoint all of whose files are there, else None; UserError where it should be whole and is not."""
     with contextlib.suppress(UserError, OSError, KeyError):
         state = read_json(folder / "state.json")
-        whole = all((folder / name).stat().st_size == size for name, size in state["files"].items())
+        whole = state.pop("digest") == digest(state) and all(
+            block_checksum(folder / name) == checksum for name, checksum in state["files"].items()
+        )
         if whole and state.keys() >= {"step", "log", "updates"}:
             return state
     if folder.name == "checkpoint" and folder.exists():  # the other two may be half-written or half-removed

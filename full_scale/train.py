@@ -52,7 +52,7 @@ from plumbing.flags import (
 from plumbing.keeper import Keeper, adamw, interruptible, warmup_cosine
 from plumbing.log import FORMAT, environment
 
-from .data import batch_of, micro_batches, pack, read_data
+from .data import batch_of, first_date, micro_batches, pack, read_data
 from .load_hf import ChatTokenizer, checkpoint_key, fetch, save_pretrained
 from .log import Log, Steps
 from .policy import build, completion_hidden, head_of, logp_sums
@@ -167,7 +167,9 @@ def train(args, mesh):
         say(line)
     folder = agreed(fetch(args.init)) if is_first() else agreed(None)
     (method,) = methods(args, LOSSES, HYPERPARAMETERS)
-    data = read_data(args, ChatTokenizer(folder), mismatched="z0" in LOSSES[method["loss"]].inputs)
+    tokenizer = ChatTokenizer(folder)
+    tokenizer.use_template({}, agreed(first_date(tokenizer, args.out) if is_first() else None))
+    data = read_data(args, tokenizer, mismatched="z0" in LOSSES[method["loss"]].inputs)
     settings = settings_of(args, method, data, folder)
     words = [Path(args.init).name, *method_words(method, HYPERPARAMETERS)]
     words += [f"steps{args.steps}", f"lr{args.lr:g}", f"seed{args.seed}"]

@@ -4,6 +4,7 @@ A file is written under a temporary name, synced and renamed. A crash at any mom
 Left out: locks on Windows, which has no fcntl.
 """
 
+import codecs
 import contextlib
 import csv
 import hashlib
@@ -192,8 +193,14 @@ def locked(path, what, wait=False):
 # --- JSON from others
 
 
-def read_lines(path, parse, skip_bad=False, say=print):
-    """[parse(object)] of the lines of a file of JSON lines, blank ones left out.
+def lines_of(path):
+    """A file's lines, one after another, as bytes."""
+    with open(path, "rb") as file:
+        yield from file
+
+
+def read_lines(path, parse, skip_bad=False, say=print, lines=lines_of):
+    """[parse(object)] of the lines of a file of JSON lines, blank ones left out; `lines` makes them of another file's path.
 
     Bad lines, not a JSON object or one that `parse` refuses by ValueError or UserError, are left out too where `skip_bad`; what
     is said of them is printed by `say` then, and raised as UserError otherwise: the first ten with their numbers, and how many
@@ -203,15 +210,14 @@ def read_lines(path, parse, skip_bad=False, say=print):
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: not a file")
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        parsed.append(parse(parse_object(line)))
-                    except (ValueError, UserError) as error:
-                        bad[number] = one_line(error, path)
-                    except RecursionError:
-                        bad[number] = "nested too deep"
+        for number, line in enumerate(lines(path), start=1):
+            if line.removeprefix(codecs.BOM_UTF8).strip():
+                try:
+                    parsed.append(parse(parse_object(line)))
+                except (ValueError, UserError) as error:
+                    bad[number] = one_line(error, path)
+                except RecursionError:
+                    bad[number] = "nested too deep"
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if not parsed and not bad:
@@ -229,7 +235,7 @@ def read_lines(path, parse, skip_bad=False, say=print):
 def parse_object(line):
     """Bytes -> JSON object. Raises ValueError that says why not."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8-sig"))  # files that were joined have a byte order mark in the middle too
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
     except UnicodeError:
         raise ValueError("not UTF-8") from None

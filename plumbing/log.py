@@ -199,3 +199,13 @@ def environment(device):
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": cpu}
+
+
+def pass_at(k, n, correct):
+    """The chance that one of k samples is correct, unbiased from n samples of a problem of which some are correct.
+
+    1 - C(n - correct, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374). Raises ValueError where k is above n.
+    """
+    if k > n:
+        raise ValueError(f"pass@{k} needs at least {k} samples, not {n}")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)

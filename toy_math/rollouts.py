@@ -11,6 +11,7 @@ import torch
 
 from losses import group_advantage
 from plumbing.files import UserError, field, read_lines
+from plumbing.log import pass_at
 
 from .problems import STEP_WIDTH, draw_problem, read_problem, verify, write_trace
 from .tokenizer import BOS, EOS, PAD, decode, encode
@@ -177,16 +178,6 @@ def evaluate(model, problems, n_samples, generator):
         chances = [pass_at(k, n_samples, int(count)) for count in correct[:, :n_samples].sum(1)]
         columns[f"pass@{k}"] = sum(chances) / len(chances)
     return columns, warm
-
-
-def pass_at(k, n, correct):
-    """The chance that one of k samples is correct, unbiased from n samples of a problem of which some are correct.
-
-    1 - C(n - correct, k) / C(n, k) (Chen et al. 2021, arXiv 2107.03374). Raises ValueError where k is above n.
-    """
-    if k > n:
-        raise ValueError(f"pass@{k} needs at least {k} samples, not {n}")
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 @torch.no_grad()

@@ -17,7 +17,9 @@ import pytest
 import full_scale.train
 import losses
 import train
-from full_scale.load_hf import PROMPT, empty_model, parameter_count, training_gib
+from full_scale.load_hf import training_gib
+from full_scale.prompts import PROMPT
+from full_scale.published import empty_model, parameter_count
 from losses import LOSSES
 from model import GPTConfig
 from plumbing.log import COLUMNS, progress_line

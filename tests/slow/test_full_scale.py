@@ -18,7 +18,8 @@ import full_scale.evaluate
 import full_scale.load_hf
 import full_scale.rollouts
 from full_scale.load_hf import ChatTokenizer, load_pretrained, save_pretrained
-from full_scale.rollouts import is_correct, read_problems, read_rollouts
+from full_scale.rollouts import is_correct, read_problems
+from full_scale.rows import read_rollouts
 from plumbing.files import UserError
 
 ROLLOUTS = ROOT / "tests" / "rollouts.jsonl"
@@ -151,24 +152,26 @@ def change_tensor(folder, change):
 
 
 def shard(folder, **places):
-    """An index that puts every tensor into model.safetensors but those of `places`."""
-    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+    """An index that puts every tensor into one file but those of `places`."""
+    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "one.safetensors")
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**weight_map, **places}}))
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 8, "layer_types": None, "max_window_layers": 1}
 DAMAGES = {
     "architecture": (lambda f: change_config(f, architectures=["GPT2LMHeadModel"]), '"GPT2LMHeadModel" is not supported'),
     "no architecture": (lambda f: change_config(f, architectures=None), 'architecture "none" is not supported'),
-    "rope": (lambda f: change_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}), "rotary scaling 'yarn'"),
-    "window": (lambda f: change_config(f, use_sliding_window=True), "sliding windows"),
+    "rope": (lambda f: change_config(f, rope_scaling={"type": "yarn", "factor": 4.0}), "rotary scaling 'yarn'"),
+    "window": (lambda f: change_config(f, **WINDOW), "sliding windows"),
     "activation": (lambda f: change_config(f, hidden_act="gelu"), "activation 'gelu'"),
-    "heads": (lambda f: change_config(f, num_attention_heads=5, head_dim=None), "d_model 32 must split"),
-    "text for a number": (lambda f: change_config(f, num_attention_heads="4"), 'num_attention_heads is "4", not a whole'),
-    "no width": (lambda f: change_config(f, hidden_size=None), "hidden_size is null, not a whole number"),
+    "heads": (lambda f: change_config(f, num_attention_heads=5), "d_model 32 must split"),
+    "text for a number": (lambda f: change_config(f, num_attention_heads="4"), "'num_attention_heads' expected int, got str"),
+    "no width": (lambda f: change_config(f, hidden_size=None), "'hidden_size' expected int, got NoneType"),
     "negative": (lambda f: change_config(f, vocab_size=-1), "vocab_size is -1, not a whole number from 1 to 2,147,483,647"),
-    "no epsilon": (lambda f: change_config(f, rms_norm_eps=None), "rms_norm_eps is null, not a number above 0"),
-    "rope of another kind": (lambda f: change_config(f, rope_parameters=[1]), "rope_parameters is [1], not an object"),
-    "rope without factor": (lambda f: change_config(f, rope_parameters={"rope_type": "llama3"}), "factor is null, not a"),
+    "no epsilon": (lambda f: change_config(f, rms_norm_eps=None), "'rms_norm_eps' expected float, got NoneType"),
+    "rope of another kind": (lambda f: change_config(f, rope_parameters=[1]), "Field 'rope_parameters' with value [1]"),
+    "rope without factor": (lambda f: change_config(f, rope_parameters={"rope_type": "llama3"}), "Missing required keys"),
     "text for architectures": (lambda f: change_config(f, architectures="Qwen"), 'architecture "Qwen" is not supported'),
     "eos of another kind": (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "x"}'), "eos_token_id is"),
     "eos token of another kind": (lambda f: (f / "tokenizer_config.json").write_text('{"eos_token": 5}'), "eos_token is 5"),
@@ -179,7 +182,7 @@ DAMAGES = {
     "outside": (lambda f: shard(f, **{"model.norm.weight": "../x.safetensors"}), "model.norm.weight is in '../x.safetensors'"),
     "absolute": (lambda f: shard(f, **{"model.norm.weight": "/x.safetensors"}), "model.norm.weight is in '/x.safetensors'"),
     "missing shard": (lambda f: shard(f, **{"model.norm.weight": "x.safetensors"}), "x.safetensors: this shard is missing"),
-    "index of nothing": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
+    "index of nothing": (lambda f: (shard(f), (f / "model.safetensors.index.json").write_text("{}")), "no weight_map"),
     "missing tensor": (lambda f: change_tensor(f, lambda t: t.pop("model.norm.weight")), "tensor model.norm.weight is missing"),
     "strange tensor": (lambda f: change_tensor(f, lambda t: t.update(x=torch.ones(1))), "tensor x has no place"),
     "shape": (lambda f: change_tensor(f, lambda t: t.update({"model.norm.weight": torch.ones(31)})),
@@ -239,9 +242,9 @@ HOSTILE = {
     "header of noise": (lambda f: header(f, b"\x80\x04\x95pickle"), "not a whole s"),
     "sparse terabytes": (lambda f: sparse(f, 2**42), "model.safetensors: "),  # its shape, or that it cannot be mapped
     "more layers than memory": (
-        lambda f: change_config(f, num_hidden_layers=1000, intermediate_size=2**31 - 1), "fp32, and this machine"),
+        lambda f: change_config(f, num_hidden_layers=1000, layer_types=None, intermediate_size=2**31 - 1), "fp32, and this m"),
     "layers without end": (lambda f: change_config(f, num_hidden_layers=10**8), "not a whole number from 1 to 1,000"),
-    "number beyond floats": (lambda f: change_config(f, rms_norm_eps=10**400), "…, not a number above 0"),
+    "number beyond floats": (lambda f: change_config(f, rms_norm_eps=10**400), "'rms_norm_eps' "),
     "angle beyond floats": (
         lambda f: change_config(f, rope_parameters={"rope_type": "default", "rope_theta": 10**400}), "…, not a number above 0"),
     "end beyond the vocabulary": (
@@ -252,7 +255,7 @@ HOSTILE = {
     "sizes that overflow": (
         lambda f: change_config(f, vocab_size=2**31 - 1, hidden_size=2**30, intermediate_size=2**31 - 1, num_attention_heads=2,
                                 num_key_value_heads=2), "fp32, and this machine"),
-    "no whole number": (lambda f: change_config(f, vocab_size=1e300), "vocab_size is 1e+300, not a whole number"),
+    "no whole number": (lambda f: change_config(f, vocab_size=1e300), "'vocab_size' expected int, got float (value: 1e+300)"),
     "weights linked out": (lambda f: link(f, "model.safetensors", f.parent / "out"), "a link out of the folder"),
     "config linked out": (lambda f: link(f, "config.json", f.parent / "out"), "a link out of the folder"),
     "tokenizer linked out": (lambda f: link(f, "tokenizer.json", f.parent / "out"), "a link out of the folder"),
@@ -262,7 +265,7 @@ HOSTILE = {
     "shard that is a pickle": (
         lambda f: shard(f, **{"model.norm.weight": "pytorch_model.bin"}), "not a safetensors file"),
     "index of numbers": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'), "no weight_map"),
+        lambda f: (shard(f), (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')), "no weight_map"),
     "config of brackets": (lambda f: (f / "config.json").write_text("[" * 10**5), "nested too deep"),
     "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json: not UTF-8"),
     "config that is a pipe": (
@@ -273,11 +276,12 @@ HOSTILE = {
         lambda f: (f / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "the chat template refuses these messages: division"),
     "template without end": (
         lambda f: (f / "chat_template.jinja").write_text("{{ 'a' * 10**15 }}"), "the chat template refuses these messages"),
-    "template of brackets": (lambda f: (f / "chat_template.jinja").write_text("{{" + "(" * 5000), "the chat template: "),
+    "template of brackets": (
+        lambda f: (f / "chat_template.jinja").write_text("{{" + "(" * 5000), "the chat template refuses these messages"),
     "weights that are a link to themselves": (
         lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").symlink_to("model.safetensors")),
         "model.safetensors: "),
-    "template of bytes": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "the chat template"),
+    "template of bytes": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "the chat template: 'utf-8' codec"),
     "templates without names": (
         lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": [{}]}'), "the chat template: 'name'"),
     "tokenizer of noise": (lambda f: (f / "tokenizer.json").write_bytes(b"\x00\xff"), "tokenizer.json"),
@@ -332,7 +336,7 @@ def test_a_text_that_has_its_bos_gets_no_second_one(tmp_path):
 
 
 def test_a_text_that_the_checkpoint_has_no_tokens_for_is_refused(tmp_path):
-    make_checkpoint(tmp_path)
+    make_checkpoint(tmp_path, "Llama")
     path = tmp_path / "tokenizer.json"
     larger = tokenizers.Tokenizer.from_file(str(path))
     larger.add_tokens(["<|more|>"] + [f"<|{i}|>" for i in range(1000)])
@@ -391,7 +395,8 @@ def test_rollouts_of_every_form_are_read(checkpoint, tmp_path):
     )
     rendered = tokenizer.render(question)
     assert rendered.endswith("<|im_start|>assistant\n")
-    rows = [tuple(row.values()) for row in read_rollouts(path, tokenizer)]
+    names = ("prompt", "completion", "label", "finished", "problem_id")
+    rows = [tuple(row[name] for name in names) for row in read_rollouts(path, tokenizer)]
     assert rows == [
         ("2+2?", "4", True, False, 0),
         (rendered, "2", True, True, 1),
@@ -407,7 +412,7 @@ BAD_LINES = {
     "no label": ({"prompt": "a", "completion": "b"}, "line 2: no label"),
     "no prompt": ({"completion": "b", "label": True}, "line 2: no prompt"),
     "no rejected": ({"prompt": "a", "chosen": "b"}, "line 2: no rejected"),
-    "label": ({"prompt": "a", "completion": "b", "label": 1}, "line 2: label is 1, not true or false"),
+    "label": ({"prompt": "a", "completion": "b", "label": 2}, "line 2: label is 2, not true or false"),
     "empty": ({"prompt": "a", "completion": "", "label": True}, "line 2: completion is empty"),
     "number": ({"prompt": 3, "completion": "b", "label": True}, "line 2: prompt is 3, neither a text nor a list of messages"),
     "messages": (

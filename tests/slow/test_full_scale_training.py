@@ -131,7 +131,7 @@ def test_what_cannot_be_sampled_leaves_nothing(taught, tmp_path):
     folder, problems = taught
     cases = {
         ("--problems", "nowhere.jsonl"): "nowhere.jsonl: No such file",
-        ("--model", str(tmp_path)): "no *.safetensors",
+        ("--model", str(tmp_path)): "no model.safetensors",
         ("--n", "0"): "argument --n: must be a whole number from 1 to ",
     }
     if not find_spec("vllm"):
