@@ -578,7 +578,12 @@ def random_checkpoint(folder, config):
     from full_scale.load_hf import parameter_count, save_pretrained
 
     folder.mkdir()
-    raw = {"architectures": ["Qwen2ForCausalLM"], "vocab_size": config.vocab_size, "hidden_size": config.d_model}
+    raw = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+    }
     raw |= {"num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads, "intermediate_size": config.d_ff}
     raw |= {"num_key_value_heads": config.n_kv_heads, "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied_head}
     raw |= {"rope_theta": config.rope_theta, "eos_token_id": 0, "torch_dtype": "bfloat16"}

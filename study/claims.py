@@ -399,13 +399,13 @@ def tuning_part(runs):
     tuning = where(runs, seed=TUNING_SEEDS)
     if not tuning:
         return ""
-    grid = sorted({run.config["lr"] for run in tuning})
+    seeds, grid = (sorted({run.config[name] for run in tuning}) for name in ("seed", "lr"))
     chosen = "".join(
         f"{label(method):32}{lr:g}{', an end of the grid' if lr in (grid[0], grid[-1]) else ''}\n"
         for method, lr in best_settings(runs).values()
     )
     return (
-        f"\n## Tuning\n\nSeeds {TUNING_SEEDS}, used for nothing else. Best learning rates, by final accuracy:\n\n"
+        f"\n## Tuning\n\nSeeds {tuple(seeds)}, used for nothing else. Best learning rates, by final accuracy:\n\n"
         f"```\n{chosen}```\n\n```\n{summary(tuning)}```\n"
     )
 

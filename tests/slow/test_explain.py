@@ -58,7 +58,7 @@ def test_the_screen_adds_up(loss, out):
             marks = re.findall(rf"^  C\({symbol}\) +(\S+)$", screen, flags=re.M)
             assert len(marks) == 2 and len(text) in map(len, marks)
     assert ratios != [1, 1] and gained["π"] > 0 and gained["π̂"] >= 0
-    assert f"steps of {'off_rl' if loss == 'fpa' else loss} away from the base model" in screen.splitlines()[-3]
+    assert f"steps of {LOSSES[loss].form_of or loss} away from the base model" in screen.splitlines()[-3]
     assert re.fullmatch(
         r"and the FPA step by .*; (\d+) of \d+ fall under the plain step, \d+ under FPA's\.", screen.splitlines()[-1]
     )
