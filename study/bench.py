@@ -572,7 +572,7 @@ def loss_memory(chunked, positions, vocab=151_936, width=64):
 
 
 def random_checkpoint(folder, config):
-    """A checkpoint of a Qwen2 shape with random weights in its published form, and a tokenizer of a thousand words."""
+    """A checkpoint of a Qwen2 shape with random weights in its published form, and a tokenizer of the ten digits."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from full_scale.load_hf import parameter_count, save_pretrained
@@ -588,7 +588,7 @@ def random_checkpoint(folder, config):
     raw |= {"num_key_value_heads": config.n_kv_heads, "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied_head}
     raw |= {"rope_theta": config.rope_theta, "eos_token_id": 0, "torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(raw))
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(1000)}, unk_token="0"))
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(10)}, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     model = GPT(config)
@@ -604,7 +604,7 @@ def full_scale_steps(out, config, prompt=128, completion=384, rows=64, steps=20)
     · D · T a token. Those of recomputed activations do not count.
     """
     parameters = random_checkpoint(out / "checkpoint", config)
-    words = [" ".join(map(str, torch.randint(1, 1000, (count,)).tolist())) for count in (prompt, completion - 1) * rows]
+    words = ["".join(map(str, torch.randint(1, 10, (count,)).tolist())) for count in (prompt, completion - 1) * rows]
     lines = [{"prompt": words[2 * i], "completion": words[2 * i + 1], "label": i % 2 == 0} for i in range(rows)]
     (out / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = ["--init", out / "checkpoint", "--data", out / "rollouts.jsonl", "--out", out / "runs", "--batch-size", 16]

@@ -466,7 +466,7 @@ BAD_COMMANDS = {
     "--micro-batch 3": "argument --micro-batch: must be even",
     "--micro-batch 16 --batch-size 8": "divide --batch-size 8",
     "--lr 0": "argument --lr: must be a number above 0 and at most 1",
-    "--init nowhere/at all": "nowhere/at all: no such folder, nor from the hub",
+    "--init nowhere/at all": "nowhere/at all: no such folder or file, nor from the hub",
     "--data nowhere.jsonl": "nowhere.jsonl: No such file",
     "--max-length 3": "32 of 32 lines are bad: line 1: ",
     "--max-length 3 --skip-bad-lines": "32 of 32 lines are bad: line 1: ",
