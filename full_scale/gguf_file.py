@@ -18,7 +18,7 @@ from plumbing.files import UserError, one_line, shown, write_json
 
 NAME = ".unpacked.gguf"  # a link to the file, in its folder
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-MOST_LAYERS = 1000
+MOST_LAYERS = 1000  # each takes time to build, however small it is
 folders = []  # removed at the end
 
 

@@ -22,7 +22,7 @@ from plumbing.files import UserError, one_line, read_json, shown
 
 from . import gguf_file
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES = {name: kind for kind, name in gguf_file.ARCHITECTURES.items()}
 INDEX = "model.safetensors.index.json"
 # Beside config.json and the weights; copied as they are.
 COMPANIONS = (
@@ -32,8 +32,7 @@ COMPANIONS = (
 PUBLISHED = ("*.safetensors", "config.json", INDEX, *COMPANIONS, "additional_chat_templates/*.jinja")  # what is downloaded
 READ = (*PUBLISHED, "*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates")  # what transformers may open
 MOST_BYTES = 2**30  # of a file that is read whole
-MOST_LAYERS = 1000  # each takes time to build, however small it is
-MOST = {"num_hidden_layers": MOST_LAYERS, "num_labels": 1000}  # transformers makes lists of so many
+MOST = {"num_hidden_layers": gguf_file.MOST_LAYERS, "num_labels": 1000}  # transformers makes lists of so many
 # What would put other numbers into the model than its own files and config.json's sizes.
 ELSEWHERE = ("quantization_config", "compression_config", "per_layer_config", "transformers_weights")
 # What would make transformers open another file than tokenizer.json, wherever it is.

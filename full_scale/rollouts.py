@@ -1,10 +1,10 @@
-"""From problems to verified rollouts of a checkpoint, as JSON lines; reading such lines for training.
+"""From problems to verified rollouts of a checkpoint, as JSON lines.
 
     python -m full_scale.rollouts --model Qwen/Qwen2.5-Math-1.5B --problems problems.jsonl --n 8 --out rollouts.jsonl
 
 A line is {"prompt", "completion", "label"}, TRL's unpaired preference format, the problem's number, `finished`, False where
 the answer was cut off, and the tokens that were asked and sampled, which training takes: prompt_ids, completion_ids. A
-text of --stop that ended an answer is its stop_reason. Answers are verified by math-verify. vLLM samples where it is
+text of --stop that ended an answer is its stop_reason. Answers are verified by verdict.py. vLLM samples where it is
 installed, else model.py.
 
 A problems file has a JSON object a line. Fields by data set, as their dumps carry them, and the mapping to give:
@@ -59,6 +59,7 @@ def read_problems(path, fields=("problem", "answer"), **words):
     """A problems file -> [(problem, gold answer)], by the names of its two fields. Raises UserError: its bad lines."""
 
     def parse(line):
+        """A line's object -> its problem and gold answer. Raises ValueError where one is missing, or is none."""
         values = []
         for name in fields:
             if name not in line:

@@ -177,11 +177,12 @@ def run_missing(name, out, jobs, folder):
             train.main(args, todo)
 
 
-GOES_ON = "finished runs, and checkpoints of the others, are kept; the same command goes on from there"
+def run_names(argv, program, description, what, known, run_one, listing):
+    """A command that runs what it is given the names of, or lists it; tune.py's too. A wrong name is one line and exit code 2.
 
-
-def parse_names(parser, argv, what, known):
-    """Names of what there is to run, and where; tune.py's flags too. A wrong one is one line and exit code 2."""
+    run_one(name, args) runs one, and listing(folder) is the text of the list; args holds out, to and jobs.
+    """
+    parser = command_line(description, prog=program)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"{what} to run: {', '.join(known)}; without a name, list them")
     add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder that the runs are trained in")
@@ -194,19 +195,23 @@ def parse_names(parser, argv, what, known):
             parser.error(f"{name!r} is none of the {what}{split or nearest(name, known) or ': ' + ', '.join(known)}")
     check_folder(parser, "--out", args.out)
     check_folder(parser, "--to", args.to)
-    return args
+    kept = "finished runs, and checkpoints of the others, are kept; the same command goes on from there"
+    with command(program, kept, args.out):
+        for name in args.names:
+            run_one(name, args)
+        if not args.names:
+            print(listing(args.to))
+
+
+def run_experiment(name, args):
+    """Train what is missing of an experiment, and gather it."""
+    run_missing(name, args.out, args.jobs, args.to)
+    print(f"gathered      {gather(args.out, args.to)} new runs into {args.to}, from {args.out}")
 
 
 def run(argv=None):
     """The command: list, or train and gather."""
-    parser = command_line(__doc__.splitlines()[0], prog="python -m study.experiments")
-    args = parse_names(parser, argv, "experiments", EXPERIMENTS)
-    with command(parser.prog, GOES_ON, args.out):
-        for name in args.names:
-            run_missing(name, args.out, args.jobs, args.to)
-            print(f"gathered      {gather(args.out, args.to)} new runs into {args.to}, from {args.out}")
-        if not args.names:
-            print(listing(args.to))
+    run_names(argv, "python -m study.experiments", __doc__.splitlines()[0], "experiments", EXPERIMENTS, run_experiment, listing)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ import sys
 from typing import NamedTuple
 
 import train
-from plumbing.flags import command, command_line
+from plumbing.flags import SCHEDULES
 
-from .experiments import GOES_ON, gather, held, identity, parse_names
+from .experiments import gather, held, identity, run_names
 
 SEEDS, SETTINGS, KEPT, MARGIN, GROWTH, ROUNDS = (1000, 1001, 1002, 1003, 1004), 12, 3, 2.0, 8.0, 3
 LR, LAM, BETA, ALPHA, WEIGHT = (5e-6, 5e-3), (0.25, 10.0), (1e-3, 1.0), (0.1, 10.0), (0.01, 1.0)
-SCHEDULES, TARGETS = ("constant", "linear"), ("both", "incorrect")
+TARGETS = ("both", "incorrect")
 BUDGET = "--steps 1000 --eval-every 1000 --skip-nonfinite 1000"  # a run that diverges ends with a low score
 
 
@@ -142,44 +142,40 @@ def flags_of(name, settings, *seeds, **more):
     return argparse.Namespace(**{**vars(budget()), **lists, **more})
 
 
-def run_of(name, settings, seed):
-    """{folder name: settings of train.py} of one run."""
-    return train.run_settings(flags_of(name, settings, seed))
+def runs_of(name, settings, *seeds):
+    """{folder name: settings of train.py} of a family's settings."""
+    return train.run_settings(flags_of(name, settings, *seeds))
 
 
-def ids_of(name, settings):
-    """The ids of the runs of all SEEDS, in their order."""
-    return [identity(config) for config in train.run_settings(flags_of(name, settings, *SEEDS)).values()]
-
-
-def scores(name, folder):
-    """score(settings, seed) from a folder of tables."""
-    runs, _ = held(folder)
+def scores(name, runs):
+    """score(settings, seed) from the runs that are held, by their ids."""
 
     def score(settings, seed):
-        run = runs.get(ids_of(name, settings)[SEEDS.index(seed)])
+        (config,) = runs_of(name, settings, seed).values()
+        run = runs.get(identity(config))
         return None if run is None else float(run.log["accuracy_0.7"][-1])
 
     return score
 
 
-def tune(name, out, folder, jobs):
-    """Run a family's search to its end; its runs are gathered into `folder` after each of its stages."""
-    while (found := search(name, scores(name, folder))).missing:
-        runs = {key: value for missing in found.missing for key, value in run_of(name, *missing).items()}
+def tune(name, args):
+    """Run a family's search to its end; its runs are gathered into `args.to` after each of its stages."""
+    while (found := search(name, scores(name, held(args.to)[0]))).missing:
+        runs = {key: value for missing in found.missing for key, value in runs_of(name, *missing).items()}
         print(f"{name}: round {len(found.asked)}, {len(runs)} runs")
         seeds = sorted({seed for _, seed in found.missing})
-        train.main(flags_of(name, found.missing[0][0], *seeds, out=out, jobs=jobs), runs)
-        gather(out, folder, {f"tune-{name}": [run for some in found.asked for drawn in some for run in ids_of(name, drawn)]})
-    print(line(name, folder))
+        train.main(flags_of(name, found.missing[0][0], *seeds, out=args.out, jobs=args.jobs), runs)
+        asked = [config for some in found.asked for drawn in some for config in runs_of(name, drawn, *SEEDS).values()]
+        gather(args.out, args.to, {f"tune-{name}": [identity(config) for config in asked]})
+    print(line(name, held(args.to)[0]))
 
 
 # --- the command
 
 
-def line(name, folder):
-    """A line of the list: the family, its runs, and its choice."""
-    score = scores(name, folder)
+def line(name, runs):
+    """A line of the list: the family, its runs among those that are held, and its choice."""
+    score = scores(name, runs)
     found = search(name, score)
     count = sum(score(drawn, seed) is not None for some in found.asked for drawn in some for seed in SEEDS)
     ends = ", ".join(f"{flag} {low:g} to {high:g}" for flag, (low, high) in found.ranges.items())
@@ -187,16 +183,17 @@ def line(name, folder):
     return f"{name:14}{count:>5}   {came}"
 
 
+def listing(folder):
+    """The families, a line each."""
+    runs, _ = held(folder)
+    return "\n".join(
+        [f"{'family':14}{'runs':>5}   score and choice, or the present round", *(line(name, runs) for name in FAMILIES)]
+    )
+
+
 def run(argv=None):
     """The command: list, or search."""
-    parser = command_line(__doc__.splitlines()[0], prog="python -m study.tune")
-    args = parse_names(parser, argv, "families", FAMILIES)
-    with command(parser.prog, GOES_ON, args.out):
-        for name in args.names:
-            tune(name, args.out, args.to, args.jobs)
-        if not args.names:
-            print(f"{'family':14}{'runs':>5}   score and choice, or the present round")
-            print("\n".join(line(name, args.to) for name in FAMILIES))
+    run_names(argv, "python -m study.tune", __doc__.splitlines()[0], "families", FAMILIES, tune, listing)
 
 
 if __name__ == "__main__":

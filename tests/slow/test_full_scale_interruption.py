@@ -45,11 +45,17 @@ def kill(process, chance):
     psutil.wait_procs(started, timeout=100)
 
 
-def killed_again_and_again(kills, seconds, begin, began, finished):
+def killed_again_and_again(kills, begin, began, finished):
     """Kill a command at random moments, up to four times a run, until all kills are done -> how often a run went on.
 
-    begin(run) starts the command, began(run) says that its work has begun, finished(run) looks at what it left.
+    begin(run) starts the command, began(run) says that its work has begun, finished(run) looks at what it left. The run "whole"
+    comes first, and is not killed: it says how long one takes.
     """
+    whole = begin("whole")
+    wait_for(whole, lambda: began("whole"))
+    start_of_work = time.time()
+    assert whole.wait(timeout=200) == 0, whole.communicate()[0]
+    seconds = time.time() - start_of_work
     chance, left, run, resumed = random.Random(0), kills, 0, 0
     while left > 0:
         until, code, run = max(left - 4, 0), None, run + 1
@@ -86,11 +92,7 @@ def test_kills_of_training_at_random_moments_lose_nothing(processes, kills, chec
         assert content(run) == content("whole")
         assert not list(tmp_path.glob(f"{run}/*/checkpoint*")) and not list((tmp_path / str(run)).rglob("*.part"))
 
-    whole = begin("whole")
-    wait_for(whole, lambda: began("whole"))
-    seconds = time.time()
-    assert whole.wait(timeout=200) == 0, whole.communicate()[0]
-    assert killed_again_and_again(kills, time.time() - seconds, begin, began, finished) > 0
+    assert killed_again_and_again(kills, begin, began, finished) > 0
 
 
 def test_kills_of_sampling_at_random_moments_lose_nothing(checkpoint, tmp_path):
@@ -106,11 +108,7 @@ def test_kills_of_sampling_at_random_moments_lose_nothing(checkpoint, tmp_path):
         lines = [(tmp_path / f"{name}.jsonl").read_text().splitlines() for name in (run, "whole")]
         assert len(lines[0]) == 120 and sorted(lines[0]) == sorted(lines[1])
 
-    whole = begin("whole")
-    wait_for(whole, lambda: began("whole"))
-    seconds = time.time()
-    assert whole.wait(timeout=200) == 0, whole.communicate()[0]
-    assert killed_again_and_again(KILLS, time.time() - seconds, begin, began, finished) > 0
+    assert killed_again_and_again(KILLS, begin, began, finished) > 0
 
 
 # --- checkpoints
