@@ -17,7 +17,9 @@ from safetensors.torch import save
 from test_full_scale import BAD_LINES, BAD_PROBLEMS, DAMAGES, HOSTILE
 from test_full_scale_files import BAD_FILES, BAD_SHAPES
 from test_full_scale_prompts import BAD_ASKING, WRONG_IDS
+from test_full_scale_strangers import OTHERS, REMOTE
 from test_full_scale_training import BAD_COMMANDS
+from test_full_scale_weights import BAD_GGUF, BAD_TENSORS, PROPERTIES, STRANGE
 from test_interruption import KILLS
 from test_train import BAD_FLAGS, TINY, command, edit_cache, refusal
 
@@ -369,10 +371,11 @@ def test_nothing_that_can_run_code_is_read():
 
 def test_the_docs_count_what_is_tried():
     tables = (BAD_FLAGS, BAD_ROWS, BAD_RUNS, BAD_COMMANDS, BAD_LINES, BAD_PROBLEMS, DAMAGES, HOSTILE)
-    tables += (BAD_FILES, BAD_SHAPES, BAD_ASKING, WRONG_IDS)
+    tables += (BAD_FILES, BAD_SHAPES, BAD_ASKING, WRONG_IDS, BAD_GGUF, BAD_TENSORS, STRANGE, OTHERS, REMOTE)
     count = sum(map(len, tables))
     page = (ROOT / "docs" / "robustness.md").read_text()
     assert count >= 60 and f"| {count} bad command lines and files" in page
     properties = sum(hasattr(function, "hypothesis") for name, function in globals().items() if name.startswith("test_"))
+    properties += len(PROPERTIES)
     assert f"| {KILLS} kills (SIGKILL)" in page
     assert f"| {properties} readers and checks on {EXAMPLES} generated inputs each, up to {SIZE:,} bytes" in page

