@@ -44,6 +44,7 @@ from plumbing.flags import NO_DEFAULT, answer_length, command, command_line, cou
 from plumbing.log import progress
 
 from .formats import json_lines
+from .gguf_file import named
 from .load_hf import checkpoint_key, fetch, load_pretrained
 from .prompts import PROMPT, ChatTokenizer
 from .rows import read_rollouts  # noqa: F401 (what is written here is read there)
@@ -83,7 +84,10 @@ def read_problems(path, fields=("problem", "answer"), **words):
 def sampler(args, date):
     """A function from prompts' ids and the number of samples of each to [[ids]], the tokenizer, and the texts that end."""
     folder = fetch(args.model)
-    if args.engine == "vllm" or (args.engine == "auto" and torch.cuda.is_available() and find_spec("vllm")):
+    packed = named(folder).suffix == ".gguf"
+    if packed and args.engine == "vllm":
+        raise UserError(f"{args.model}: vLLM does not sample from a .gguf file here; --engine own does")
+    if args.engine == "vllm" or (args.engine == "auto" and not packed and torch.cuda.is_available() and find_spec("vllm")):
         return vllm_sampler(args, folder, date)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_pretrained(folder, torch.float32 if device == "cpu" else torch.bfloat16, device)

@@ -370,6 +370,9 @@ def test_training_and_sampling_begin_from_a_gguf_file(tmp_path):
         "rollouts", "--model", path, "--problems", problems, "--n", 2, "--max-tokens", 3, "--out", tmp_path / "r.jsonl"
     )
     assert done.returncode == 0, done.stderr
+    more = ["--n", 3, "--out", tmp_path / "v.jsonl", "--engine", "vllm"]
+    done = run_module("rollouts", "--model", path, "--problems", problems, *more)
+    assert done.returncode == 2 and "m.gguf: vLLM does not sample from a .gguf file here; --engine own does\n" in done.stderr
     done = run_module("train", "--init", path, "--data", ROLLOUTS, "--out", tmp_path / "runs", *QUICK)
     assert done.returncode == 0, done.stderr
     (trained,) = tmp_path.glob("runs/*/model")
