@@ -54,7 +54,7 @@ def fetch(name):
     try:
         return without_links_out(Path(snapshot_download(str(name), allow_patterns=PUBLISHED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{name}: no such folder, nor from the hub: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name}: no such folder or file, nor from the hub: {str(error).splitlines()[0]}") from None
 
 
 def without_links_out(folder):
