@@ -151,7 +151,13 @@ def draw_splits(args, seed, prompts):
         "validation": (VALIDATION_PROBLEMS, args.eval_ops),
         "test": (TEST_PROBLEMS, args.eval_ops),
     }
-    return tuple(draw_problems(*asked, split, random.Random(f"{seed}/{split}")) for split, asked in counts.items())
+    return tuple(drawn(*asked, split, seed) for split, asked in counts.items())
+
+
+@functools.cache
+def drawn(count, ops, split, seed):
+    """The problems of a split, kept: the check of the flags draws them first."""
+    return draw_problems(count, ops, split, random.Random(f"{seed}/{split}"))
 
 
 def rollouts(args, seed, model, problems, path):
