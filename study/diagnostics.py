@@ -4,6 +4,8 @@ entanglement.csv   (claim C2): norms and inner products of the trajectories' gra
                    a pair does to its correct trajectory, an evaluation a row
 tokens.csv         every token of some pairs: its log-ratio, and its log-probability under the reference and the future policy
 extrapolation.csv  (claim C10): how far the future policy of step t is from the policy of a later step t', against the present's
+batch.csv          (claims N1, N3): what a step of the run's own loss on all of the pairs does to their correct rows, and its
+                   coefficients, a step a row
 
 Left out: the gradients' entanglement between different problems, and the covariances of Yuan et al. (2024).
 """
@@ -18,6 +20,7 @@ from plumbing.files import write_csv
 PAIRS, TOKEN_PAIRS = 32, 16
 SNAPSHOTS = [10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960]  # so that t' = (1 + lam) t is among them
 LAMS = [0.5, 1, 2, 3, 5, 7]
+EARLY, LATER = 200, 20  # batch.csv has each of the first EARLY steps, then every LATER-th
 
 
 @torch.no_grad()
@@ -31,6 +34,27 @@ def coefficients(model, rollouts, pairs, run, add_logps):
     if not all(hasattr(b, name) for name in LOSSES[run.loss].inputs):
         return torch.full(pairs.shape, torch.nan, device=pairs.device)
     return objective(b, run)[1].view(2, -1).T
+
+
+def batch_gradients(model, rollouts, pairs, run, add_logps):
+    """A row of batch.csv: as `net` of `entanglement`, of one batch of pairs (P, 2) instead of a mean over pairs.
+
+    `up` and `down` are what the loss's correct and its incorrect rows do to the mean logp_sum of the correct ones, the slopes
+    along their parts of -grad loss, in nats per unit of learning rate. The coefficients C |y| are means over rows.
+    """
+    weights = coefficients(model, rollouts, pairs, run, add_logps).T  # (2, P)
+    gradients = []
+    for rows, some in zip(pairs.T, weights):
+        b = rollouts[rows]
+        logp_sum = token_logps(model(b.inputs, b.start), b.tokens, b.mask).sum(-1)
+        for scalar in (logp_sum.mean(), (some * logp_sum).sum() / pairs.numel()):
+            parts = torch.autograd.grad(scalar, model.parameters(), retain_graph=True)
+            gradients.append(torch.cat([part.flatten() for part in parts]))
+    mean_correct, correct, _, incorrect = gradients
+    up, down = (mean_correct @ part for part in (correct, incorrect))
+    lengths = rollouts.length[pairs.T]
+    of_correct, of_incorrect = (weights * lengths).mean(1).tolist()
+    return {"up": up.item(), "down": down.item(), "coefficient_correct": of_correct, "coefficient_incorrect": of_incorrect}
 
 
 def parting(rollouts, pairs):
@@ -92,6 +116,21 @@ def token_logratios(model, rollouts, pairs, lam):
     return rows
 
 
+def straightness(snapshots, later, b):
+    """R² of a line through the log-probabilities of sampled tokens over the snapshots up to a step, all tokens' lines together.
+
+    NaN below three snapshots. (Linear drift in RLVR: arXiv 2601.04537.)
+    """
+    steps = [step for step in snapshots if step <= later]
+    if len(steps) < 3:
+        return float("nan")
+    y = torch.stack([token_logps(snapshots[step], b.tokens, b.mask)[b.mask[:, 1:]] for step in steps]).double()  # (S, N)
+    x = torch.tensor(steps, dtype=y.dtype, device=y.device)[:, None]
+    x, y = x - x.mean(), y - y.mean(0)
+    slope = (x * y).sum(0) / (x * x).sum()
+    return (1 - ((y - slope * x) ** 2).sum() / (y**2).sum()).item()
+
+
 def distances(future, later, tokens, mask, length):
     """How far one policy is from a later one, both as logits (B, T, V): the columns of extrapolation.csv.
 
@@ -115,12 +154,13 @@ def distances(future, later, tokens, mask, length):
 
 def extrapolation(snapshots, later, b):
     """Rows of extrapolation.csv to a later step, from {step: completion logits of a batch b}; lam 0 is the present policy."""
+    linear = straightness(snapshots, later, b)
     for t in snapshots:
         if t < later:
             for lam in [0, *LAMS]:
                 future = future_logits(snapshots[t], b.ref_logits, lam)
                 measured = distances(future, snapshots[later], b.tokens, b.mask, b.length)
-                yield {"t": t, "later": later, "lam": lam, **measured}
+                yield {"t": t, "later": later, "lam": lam, **measured, "linear_r2": linear}
 
 
 class Observer:
@@ -150,6 +190,9 @@ class Observer:
             added["entanglement"] = [{"step": step, **measured}]
             tokens = token_logratios(self.model, self.rollouts, self.token_pairs, self.run.lam)
             added["tokens"] = [{"step": step, **row} for row in tokens]
+        if step < EARLY or step % LATER == 0:
+            measured = batch_gradients(self.model, self.rollouts, self.pairs, self.run, self.add_logps)
+            added["batch"] = [{"step": step, **measured}]
         for name, new in added.items():
             if new:
                 self.tables[name] = [*self.tables.get(name, []), *new]

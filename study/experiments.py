@@ -1,54 +1,156 @@
-"""The experiments behind results/: the commands, what results/ lacks of them, and the way from runs/ into its tables.
+"""The experiments behind results/: their commands, and what results/ lacks of them.
 
     python -m study.experiments               # lists them: runs, how many of them results/ holds, hours
     python -m study.experiments pilot main    # runs what is missing of two, then gathers all finished runs into results/
 
 An interrupted experiment goes on with the same command: train.py keeps the finished runs and the checkpoints of the others.
+An experiment at tuned settings has only the runs whose tuning results/ holds already. study/verdicts.py says what is read from
+which experiment.
 """
 
-import json
+import argparse
+import functools
 import math
 import sys
+from pathlib import Path
 
 import train
-from plumbing.files import digest, locked, printable_path, write_csv
-from plumbing.flags import check_folder, command, command_line, natural, nearest
-from study.results import METHOD, RENAMED, TABLES, by, read_runs, read_table, read_tables, run_folders, table_rows
+from study import tune
+from study.results import SEEDS
+from study.tables import gather, held, identity, run_names
 
-FIVE, PILOT = "--seed 0 1 2 3 4", "--seed 2000 2001 2002 2003 2004"
-# The commands behind the tables of results/, after `python train.py`. Those of results/slips are of an earlier version.
-EXPERIMENTS = {
-    # docs/task.md has the rule that was written before these runs
-    "pilot": [f"--task habit --habit {habit} --slip {slip} {PILOT}" for habit, slip in ((0.6, 0.03), (0.6, 0.06), (0.8, 0.03))],
-    "main": [f"--diagnostics {FIVE}", f"--loss fpa --target incorrect {FIVE}", f"--loss sft {FIVE}"],
+FIVE, PILOT = range(5), range(2000, 2005)
+RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)  # of the grids, which tune one number alone
+GRID_SEEDS = (1000, 1001)
+LAMBDAS = {0: "--loss off_rl", **{lam: f"--loss fpa --lam {lam}" for lam in (0.5, 1, 2, 5, 10)}}
+CASES = {  # {grid: {case: its flags}}; each case is then run at its own best rate
+    "lambda": {f"λ = {lam}": flags for lam, flags in LAMBDAS.items()},
+    "targets": {target: f"--loss fpa --lam 2 --target {target}" for target in ("correct", "incorrect")},
+    "sizes": {  # equal passes over the rollouts
+        f"{loss}, {prompts} prompts": f"--loss {loss} --prompts {prompts} --steps {prompts * 1000 // 1024}"
+        for prompts in (256, 1024, 4096)
+        for loss in ("fpa", "sft")
+    },
 }
 
 
-# --- which runs
+# --- which runs: an experiment is {case: flags of train.py}, of some seeds
 
 
-def identity(config):
-    """A run's id: the digest of its settings, which also ends the name of its folder."""
-    return digest({name: value for name, value in config.items() if name not in ("measured", "environment")})
-
-
-def commands(name, out="runs", jobs=0):
-    """The parsed commands of an experiment."""
-    return [train.parse_args([*words.split(), "--out", str(out), "--jobs", str(jobs)]) for words in EXPERIMENTS[name]]
-
-
-def members():
-    """{name of an experiment: {id: settings}}, in the order of EXPERIMENTS and of its commands."""
+def pilot(runs):
+    """docs/task.md has the rule that was written before these runs."""
     return {
-        name: {identity(settings): settings for args in commands(name) for settings in train.run_settings(args).values()}
-        for name in EXPERIMENTS
+        f"{habit}, {slip}": f"--task habit --habit {habit} --slip {slip}"
+        for habit, slip in ((0.6, 0.03), (0.6, 0.06), (0.8, 0.03))
     }
 
 
-def held(folder):
-    """({id: Run} of a folder of tables, the ids of those with diagnostics)."""
-    runs = {run.folder.name: run for run in read_tables(folder)} if (folder / "runs.csv").exists() else {}
-    return runs, {run for run in runs if "entanglement" in runs[run].tables}
+def main(runs):
+    """The figures of README.md and docs/task.md."""
+    cases = {"off_rl and fpa": "--diagnostics", "incorrect": "--loss fpa --target incorrect", "sft": "--loss sft"}
+    return cases
+
+
+def final(runs, more=""):
+    """Every family at the setting that its tuning chose."""
+    found = {name: tune.search(name, tune.scores(name, runs)).chosen for name in tune.FAMILIES}
+    return {
+        name: f"{tune.words(name, chosen)} --skip-nonfinite 1000{' --diagnostics' if name in ('fpa', 'off_rl') else ''}{more}"
+        for name, chosen in found.items()
+        if chosen
+    }
+
+
+def slips(runs):
+    """The same settings on the second task."""
+    return final(runs, " --task slips")
+
+
+def prolonged(runs):
+    """Off-RL and FPA at their own settings, four times as long."""
+    return {
+        name: f"{flags} --steps 4000".replace(" --diagnostics", "")
+        for name, flags in final(runs).items()
+        if name in ("fpa", "off_rl")
+    }
+
+
+def rates(runs):
+    """Off-RL at every rate of the grids."""
+    return {f"{lr:g}": f"--loss off_rl --lr {lr:g}" for lr in RATES}
+
+
+def extrapolation(runs):
+    """FPA at two rates, the lower of which bends its path less, and Off-RL at the higher one."""
+    cases = {f"{lr:g}": f"--loss fpa --lam 2 --lr {lr:g} --diagnostics" for lr in (2e-5, 2e-4)}
+    return {**cases, "off_rl, 0.0002": "--loss off_rl --lr 2e-4 --diagnostics"}
+
+
+def grid(name, runs):
+    """Every case at every rate."""
+    return {f"{case}, {lr:g}": f"{flags} --lr {lr:g} --eval-every 5000" for case, flags in CASES[name].items() for lr in RATES}
+
+
+def best_rates(name, runs):
+    """{case: the rate with the best mean over the grid's seeds, by pass@1 at temperature 0.7 on validation problems}."""
+    chosen = {}
+    for case, flags in CASES[name].items():
+        scores = {lr: score(f"{flags} --lr {lr:g} --eval-every 5000", runs) for lr in RATES}
+        if None not in scores.values():
+            chosen[case] = max(scores, key=scores.get)
+    return chosen
+
+
+def at_best(name, runs):
+    """Every case at its best rate."""
+    return {case: f"{CASES[name][case]} --lr {lr:g}" for case, lr in best_rates(name, runs).items()}
+
+
+def score(flags, runs):
+    """The mean over the grid's seeds; None where a run is not held."""
+    ids = [identity(settings) for settings in train.run_settings(command_of(flags, GRID_SEEDS)).values()]
+    return sum(tune.final(runs[run]) for run in ids) / len(ids) if all(run in runs for run in ids) else None
+
+
+# {name: (its cases, from the runs that are held; seeds)}
+EXPERIMENTS = {
+    "pilot": (pilot, PILOT),
+    "main": (main, FIVE),
+    **{f"{name}-grid": (functools.partial(grid, name), GRID_SEEDS) for name in CASES},
+    "final": (final, SEEDS),
+    "rates": (rates, SEEDS),
+    "extrapolation": (extrapolation, SEEDS),
+    "prolonged": (prolonged, SEEDS),
+    **{name: (functools.partial(at_best, name), SEEDS) for name in CASES},
+    "slips": (slips, SEEDS),
+}
+
+
+@functools.cache
+def parsed(flags):
+    return vars(train.parse_args(flags.split()))
+
+
+def command_of(flags, seeds, out="runs", jobs=0):
+    """The parsed command of some flags and seeds."""
+    return argparse.Namespace(**{**parsed(flags), "seed": list(seeds), "out": Path(out), "jobs": jobs})
+
+
+def commands(name, runs, out="runs", jobs=0):
+    """{case: its parsed command}."""
+    cases, seeds = EXPERIMENTS[name]
+    return {case: command_of(flags, seeds, out, jobs) for case, flags in cases(runs).items()}
+
+
+def members(runs):
+    """{name of an experiment: {case: {id: settings}}}."""
+    return {
+        name: {
+            case: {identity(settings): settings for settings in train.run_settings(args).values()}
+            for case, args in commands(name, runs).items()
+        }
+        for name in EXPERIMENTS
+    }
 
 
 def missing(args, runs, diagnosed):
@@ -71,7 +173,7 @@ def seconds_of(settings, runs):
 
 
 def hours(experiment, runs):
-    """Of one CPU thread: what the runs of an experiment took, and what those that are not held would."""
+    """Of one CPU thread: what the runs {id: settings} took, and what those that are not held would."""
     seconds = [
         runs[run].log["seconds"][-1] if run in runs else seconds_of(settings, runs.values())
         for run, settings in experiment.items()
@@ -83,130 +185,36 @@ def listing(folder):
     """The experiments, a line each: its runs, how many of them a folder of tables holds, and its hours."""
     runs, _ = held(folder)
     lines = [f"{'experiment':16}{'runs':>6}{'held':>6}{'hours':>8}"]
-    for name, experiment in members().items():
+    for name, cases in members(runs).items():
+        experiment = {run: settings for some in cases.values() for run, settings in some.items()}
         count, time = sum(run in runs for run in experiment), hours(experiment, runs)
         lines.append(f"{name:16}{len(experiment):>6}{count:>6}{'?' if math.isnan(time) else f'{time:.1f}':>8}")
     return "\n".join([*lines, f"held: runs that {folder} has already. hours: on one CPU thread; two threads take half."])
-
-
-# --- gathering
-
-
-def cell(value):
-    """A setting as a cell's text: JSON, and a string bare where it cannot be taken for JSON."""
-    if isinstance(value, str) and value.isprintable():
-        try:
-            json.loads(value)
-        except ValueError:
-            return value or '""'
-    return json.dumps(value, ensure_ascii=False)
-
-
-def flat(settings, prefix=""):
-    """A dict in dicts as {column of runs.csv: cell}, names joined by dots. A setting of no value gets none."""
-    cells = {}
-    for name, value in settings.items():
-        if isinstance(value, dict) and value:
-            cells |= flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            cells[RENAMED.get(prefix + name, prefix + name)] = cell(value)
-    return cells
-
-
-def write_table(path, rows):
-    """Write rows of text. The columns are all that some row has; a cell is empty where its row has none."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    write_csv(path, [{name: row.get(name, "") for name in names} for row in rows])
-
-
-def in_order(rows):
-    """Rows of runs.csv with their columns in order: settings, then the method, then what was measured and on what machine."""
-
-    def place(name):
-        if name in METHOD:
-            return METHOD.index(name)
-        return len(METHOD) if name.split(".")[0] in ("measured", "environment", "machine") else -1
-
-    names = sorted(dict.fromkeys(name for row in rows for name in row), key=place)
-    return [{name: row.get(name, "") for name in names} for row in rows]
-
-
-def gather(runs_folder, folder, experiments=None):
-    """Append the finished runs of a folder of train.py's to the tables of another one; the number of new runs.
-
-    Only runs of an experiment are taken: {name: ids}, by default those of EXPERIMENTS. A run that the tables hold stays as it
-    is, but for diagnostics that it lacks. runs.csv is written last, so that a run counts once its other rows are there.
-    """
-    experiments = members() if experiments is None else experiments
-    names = by([(run, name) for name, ids in experiments.items() for run in ids], lambda pair: pair[0])
-    finished = {identity(run.config): run for run in read_runs(run_folders(runs_folder))}
-    finished = {run: finished[run] for run in names if run in finished}
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "runs.lock", folder, wait=True):
-        tables = {name: read_table(folder / f"{name}.csv") for name in TABLES}  # refused before anything is written
-        rows = {row["id"]: row for row in table_rows(folder / "runs.csv")}
-        new = {run: made for run, made in finished.items() if run not in rows}
-        append(folder / "curves.csv", {run: made.folder / "log.csv" for run, made in new.items()})
-        for table in TABLES:
-            known = rows.keys() & tables[table].keys()
-            lacking = {run: made.folder / f"{table}.csv" for run, made in finished.items() if run not in known}
-            append(folder / f"{table}.csv", {run: path for run, path in lacking.items() if path.exists()})
-        rows |= {run: {"id": run, "experiments": "", **flat(made.config)} for run, made in new.items()}
-        for run, row in rows.items():
-            row["experiments"] = " ".join(name for _, name in names.get(run, ())) or row["experiments"]
-        ordered = in_order(list(rows.values())) if rows else []
-        if ordered != table_rows(folder / "runs.csv"):
-            write_table(folder / "runs.csv", ordered)
-    return len(new)
-
-
-def append(path, sources):
-    """Append {id: a run's own CSV file} to a table; rows of such an id, of a gathering that was cut off, are replaced."""
-    rows = {**read_table(path), **{run: table_rows(source) for run, source in sources.items()}}
-    if sources:
-        write_table(path, [{"id": run, **row} for run, some in rows.items() for row in some])
 
 
 # --- the command
 
 
 def run_missing(name, out, jobs, folder):
-    """Train what a folder of tables lacks of an experiment, below `out`."""
-    for args in commands(name, out, jobs):
+    """Train what a folder of tables lacks of an experiment, below `out`, and gather it case by case."""
+    count = 0
+    for args in commands(name, held(folder)[0], out, jobs).values():
         if todo := missing(args, *held(folder)):
             train.main(args, todo)
+            count += gather_known(out, folder)
+    return count + gather_known(out, folder)
 
 
-def run_names(argv, program, description, what, known, run_one, listing):
-    """A command that runs what it is given the names of, or lists it; tune.py's too. A wrong name is one line and exit code 2.
-
-    run_one(name, args) runs one, and listing(folder) is the text of the list; args holds out, to and jobs.
-    """
-    parser = command_line(description, prog=program)
-    add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"{what} to run: {', '.join(known)}; without a name, list them")
-    add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder that the runs are trained in")
-    add("--to", default="results", type=printable_path, metavar="FOLDER", help="folder of the tables that hold the runs")
-    add("--jobs", default=0, type=natural, metavar="N", help="runs at once, a thread each; 0: one a CPU thread, one on a GPU")
-    args = parser.parse_args(argv)
-    for name in args.names:
-        if name not in known:
-            split = f"; write {' '.join(name.replace(',', ' ').split())}" if "," in name else ""
-            parser.error(f"{name!r} is none of the {what}{split or nearest(name, known) or ': ' + ', '.join(known)}")
-    check_folder(parser, "--out", args.out)
-    check_folder(parser, "--to", args.to)
-    kept = "finished runs, and checkpoints of the others, are kept; the same command goes on from there"
-    with command(program, kept, args.out):
-        for name in args.names:
-            run_one(name, args)
-        if not args.names:
-            print(listing(args.to))
+def gather_known(out, folder):
+    """Gather the finished runs of every experiment; the number of new ones."""
+    known = members(held(folder)[0])
+    return gather(out, folder, {name: [run for some in cases.values() for run in some] for name, cases in known.items()})
 
 
 def run_experiment(name, args):
     """Train what is missing of an experiment, and gather it."""
-    run_missing(name, args.out, args.jobs, args.to)
-    print(f"gathered      {gather(args.out, args.to)} new runs into {args.to}, from {args.out}")
+    count = run_missing(name, args.out, args.jobs, args.to)
+    print(f"gathered      {count} new runs into {args.to}, from {args.out}")
 
 
 def run(argv=None):

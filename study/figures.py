@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 from matplotlib.lines import Line2D
 
+from losses import LOSSES
 from study.drawing import (
     CORRECTNESS,
     HIT,
@@ -44,6 +45,7 @@ from study.results import (
 )  # fmt: skip
 from toy_math.tokenizer import ALPHABET
 
+METRIC = "test_accuracy_0.7"
 ONLINE_OR_NOT = (("off_rl", False), ("fpa", True), ("grpo", False))
 MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast")  # and no intervals
 
@@ -311,6 +313,55 @@ def figure_forecast(runs):
     handles += [Line2D([], [], color="0.3", linestyle=style, label=f"lr {lr:g}") for lr, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=5)
     return figure, [run for some in groups.values() for run in some]
+
+
+# --- every run of the study
+
+
+def ratio_of_coefficients(run):
+    """The mean over training of C_l / C_w; NaN where a loss's coefficients change their sign, or where nothing is logged."""
+    correct, incorrect = (run.log[f"coefficient_{kind}"][1:] for kind in ("correct", "incorrect"))
+    return np.mean(incorrect / correct) if (correct > 0).all() and (incorrect >= 0).all() else np.nan
+
+
+def figure_ratio(runs):
+    """A dot is a run, of any loss and learning rate. To the right incorrect rows weigh more beside correct ones, over the whole
+    training. Ratios below 0.01 are drawn there.
+    """
+    chosen = [run for run in runs if not LOSSES[run.config["loss"]].online and METRIC in run.log]
+    chosen = [run for run in chosen if run.config["steps"] == 1000 and np.isfinite(ratio_of_coefficients(run))]
+    losses = by(chosen, lambda run: run.config["loss"])
+    if len(losses) < MOST_LINES:
+        return None
+    figure, (axis,) = canvas(1, 1, row_height=4.8)
+    for name in [name for name in LOSSES if name in losses]:
+        x = [max(ratio_of_coefficients(run), 0.01) for run in losses[name]]
+        y = [run.log[METRIC][-1] for run in losses[name]]
+        axis.plot(x, y, "o", color=colour_of(name), markersize=4, alpha=0.7, markeredgewidth=0, label=LOSSES[name].label)
+    axis.set(xscale="log", xlabel="C_l / C_w, mean over training (log scale)", ylabel="final accuracy, T = 0.7", ylim=(0, 1))
+    figure.legend(loc="outside right center")
+    return figure, chosen
+
+
+def figure_diversity(runs):
+    """Accuracy against pass@16, each loss at its tuned setting: the mean over seeds and its 95 % interval. A loss that gains
+    accuracy by giving up other answers lies to the left of the base model, the black cross.
+    """
+    chosen = [run for run in runs if "final" in run.experiments]
+    families = by(chosen, lambda run: (run.config["loss"], run.get("lam") > 0))
+    if len(families) < 2:
+        return None
+    figure, (axis,) = canvas(1, 1, row_height=4.8)
+    for (loss, form), some in sorted(families.items(), key=lambda item: list(LOSSES).index(item[0][0])):
+        (x, dx), (y, dy) = (mean_and_interval([run.log[name][-1] for run in some]) for name in ("test_pass@16", METRIC))
+        hollow = {"markerfacecolor": "white"} if form and LOSSES[loss].has_fpa_form and not LOSSES[loss].form_of else {}
+        name = label(some[0].method).split(",")[0]
+        axis.errorbar(x, y, dy, dx, "o", color=colour_of(loss), capsize=2, linewidth=1, label=name, **hollow)
+    base = [np.mean([run.log[name][0] for run in chosen]) for name in ("test_pass@16", METRIC)]
+    axis.plot(*base, "x", color="black", markersize=9, label="base model")
+    axis.set(xlabel="pass@16", ylabel="pass@1, T = 0.7", ylim=(0, 1))
+    figure.legend(loc="outside right center")
+    return figure, chosen
 
 
 # --- single tokens

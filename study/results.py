@@ -26,7 +26,7 @@ NEEDED = set(
     "step accuracy accuracy_greedy logratio_correct logratio_incorrect pi_correct pi_incorrect coefficient_correct "
     "coefficient_incorrect below_0.2_pi below_0.2_pihat seconds tokens_trained tokens_sampled".split()
 )  # columns of that format
-TABLES = ("entanglement", "extrapolation", "tokens")  # of study/diagnostics.py
+TABLES = ("entanglement", "extrapolation", "tokens", "batch")  # of study/diagnostics.py
 RENAMED = {"environment.cpu": "machine"}  # the settings whose column in runs.csv has another name
 T_QUANTILE = [np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 %, by degrees of freedom
 
@@ -39,6 +39,7 @@ class Run(NamedTuple):
     config: dict
     log: dict  # {column: array}
     tables: dict = {}  # {name in TABLES: {column: array}}, of the tables that the run has
+    experiments: tuple = ()  # that it is of, in results/
 
     def get(self, name):
         """A setting. A setting that the run does not have is None, and `lam` is 0."""
@@ -211,7 +212,8 @@ def read_table(path):
 def read_tables(root):
     """[Run] of a folder of tables, such as results/. Raises UserError where a table is torn."""
     try:
-        configs = {row["id"]: config_of(row) for row in table_rows(root / "runs.csv")}
+        rows = table_rows(root / "runs.csv")
+        configs = {row["id"]: (config_of(row), tuple(row["experiments"].split())) for row in rows}
     except DAMAGE as error:
         raise UserError(f"{root / 'runs.csv'}: damaged ({error})") from None
     if not (root / "curves.csv").is_file():
@@ -220,10 +222,10 @@ def read_tables(root):
         {run: columns(rows) for run, rows in read_table(root / f"{name}.csv").items()} for name in ("curves", *TABLES)
     )
     readers = {}
-    for run, config in configs.items():
+    for run, (config, experiments) in configs.items():
         check_version(root / run, config)
         own = {name: table[run] for name, table in zip(TABLES, tables) if run in table}
-        made = Run(root / run, config, curves.get(run, {}), own)
+        made = Run(root / run, config, curves.get(run, {}), own, experiments)
         readers[made.folder] = functools.partial(checked, made, "its row of runs.csv or its rows of curves.csv")
     return distinct(readers)
 
@@ -268,11 +270,12 @@ def by_method(runs):
 
 # Of the runs that chose settings (1000 to 1004) and the default task (2000 to 2004); no other number comes from these seeds.
 TUNING_SEEDS = (*range(1000, 1005), *range(2000, 2005))
+SEEDS = range(3000, 3008)  # of the claims' runs, and of nothing else
 
 
 def reported(runs):
     """The runs of the other seeds; all, where there are no others."""
-    return [run for run in runs if run.config["seed"] not in TUNING_SEEDS] or runs
+    return [run for run in runs if run.config["seed"] not in (*TUNING_SEEDS, *SEEDS)] or runs
 
 
 def main_runs(runs):

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import train
 from plumbing.flags import SCHEDULES
 
-from .experiments import gather, held, identity, run_names
+from .tables import gather, held, identity, run_names
 
 SEEDS, SETTINGS, KEPT, MARGIN, GROWTH, ROUNDS = (1000, 1001, 1002, 1003, 1004), 12, 3, 2.0, 8.0, 3
 LR, LAM, BETA, ALPHA, WEIGHT = (5e-6, 5e-3), (0.25, 10.0), (1e-3, 1.0), (0.1, 10.0), (0.01, 1.0)
@@ -147,13 +147,18 @@ def runs_of(name, settings, *seeds):
     return train.run_settings(flags_of(name, settings, *seeds))
 
 
+def final(run):
+    """A run's score."""
+    return float(run.log["accuracy_0.7"][-1])
+
+
 def scores(name, runs):
     """score(settings, seed) from the runs that are held, by their ids."""
 
     def score(settings, seed):
         (config,) = runs_of(name, settings, seed).values()
         run = runs.get(identity(config))
-        return None if run is None else float(run.log["accuracy_0.7"][-1])
+        return None if run is None else final(run)
 
     return score
 

@@ -94,6 +94,46 @@ def test_net_is_what_a_small_step_does_to_the_correct_trajectory(loss, lam):
     assert measured["share_net_below_0"] == np.mean([change < 0 for change in changes])
 
 
+@pytest.mark.parametrize(("loss", "lam"), [("off_rl", 0.0), ("fpa", 2.0), ("sft", 0.0), ("topr", 0.0)])
+def test_up_and_down_are_what_the_batchs_two_kinds_of_rows_do_to_its_correct_ones(loss, lam):
+    """Against the finite difference of a step on one kind of rows alone, with autograd's own gradient."""
+    (_, model), data = tiny_data()
+    model, run, pairs = model.double(), run_of(loss, lam), torch.tensor([[0, 1], [2, 3]])
+    data.columns["ref_logits"] = data.ref_logits.double()
+    data.columns["ref_logp_sum"] = data.ref_logp_sum.double()
+    measured, lr = diagnostics.batch_gradients(model, data, pairs, run, train.add_logps), 1e-6
+    for kind, sign, rows in (("up", 1, [0, 2]), ("down", -1, [1, 3])):
+        stepped, b = copy.deepcopy(model), data[torch.tensor(rows)]
+        correct = [data[pairs[i]] for i in range(2)]
+        before = sum(exact_logp(stepped, some) for some in correct) / 2
+        train.add_logps(stepped, b, lam)
+        (objective(b, run)[0] / 2).backward()  # a mean over two of the batch's four rows
+        with torch.no_grad():
+            for parameter in stepped.parameters():
+                parameter -= lr * parameter.grad if parameter.grad is not None else 0
+        change = (sum(exact_logp(stepped, some) for some in correct) / 2 - before) / lr
+        assert measured[kind] == pytest.approx(sign * change, rel=1e-2, abs=1e-6)
+        train.add_logps(model, b, lam)
+        weight = (objective(b, run)[1] * b.length).mean().item()
+        assert measured[f"coefficient_{'correct' if kind == 'up' else 'incorrect'}"] == pytest.approx(weight, rel=1e-5)
+
+
+def test_straightness_by_hand():
+    """A two-token vocabulary, whose token 0 has the log-probabilities that are asked for."""
+    b = SimpleNamespace(tokens=torch.tensor([[0, 0]]), mask=torch.tensor([[False, True]]))
+
+    def snapshots(logps):
+        p = torch.tensor(logps).exp()
+        return {10 * (i + 1): torch.stack([x.log(), (1 - x).log()])[None, None].expand(1, 2, 2) for i, x in enumerate(p)}
+
+    assert diagnostics.straightness(snapshots([-1.0, -2.0, -3.0, -4.0]), 40, b) == pytest.approx(1, abs=1e-6)
+    bent = snapshots([-1.0, -3.0, -1.0, -3.0])  # slope -0.4 a snapshot: 1 - (4 - 0.8) / 4
+    assert diagnostics.straightness(bent, 40, b) == pytest.approx(0.2, abs=1e-5)
+    assert diagnostics.straightness(bent, 30, b) == pytest.approx(0, abs=1e-5) and np.isnan(
+        diagnostics.straightness(bent, 20, b)
+    )
+
+
 def test_a_loss_whose_inputs_only_training_has_gets_nan():
     (_, model), data = tiny_data()
     measured = diagnostics.entanglement(model, data, torch.tensor([[0, 1]]), run_of("kto"), train.add_logps)
@@ -152,17 +192,21 @@ def test_a_straight_drift_is_forecast_exactly():
         assert by_key[t, later, lam]["coefficient_rank"] == pytest.approx(1)
 
 
-def test_the_observer_writes_what_the_figures_read(tmp_path):
+def test_the_observer_writes_what_the_figures_read(tmp_path, monkeypatch):
     (reference, model), data = tiny_data()
     model.load_state_dict(reference.state_dict())
     observe = diagnostics.Observer(model, data, run_of("fpa", 2.0), tmp_path, train.add_logps)
     assert {tuple(pair) for pair in observe.pairs.tolist()} == {(0, 1), (2, 3)}
+    monkeypatch.setattr(diagnostics, "EARLY", 8)
+    monkeypatch.setattr(diagnostics, "LATER", 5)
     for step in range(21):
         observe(step, step % 10 == 0)
         with torch.no_grad():
             model.norm.weight.add_(0.01)
     entangled = results.read_csv(tmp_path / "entanglement.csv")
     assert entangled["step"].tolist() == [0, 10, 20] and len(set(entangled["a"])) == 3
+    batch = results.read_csv(tmp_path / "batch.csv")
+    assert batch["step"].tolist() == [*range(8), 10, 15, 20] and len(set(batch["down"])) == len(batch["down"])
     run = results.Run(tmp_path, {}, {}, {"extrapolation": results.read_csv(tmp_path / "extrapolation.csv")})
     pairs = results.extrapolated(run)
     assert set(pairs) == {(t, later, lam) for t, later in ((10, 15), (10, 20), (15, 20)) for lam in diagnostics.LAMS}

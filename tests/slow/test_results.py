@@ -14,7 +14,7 @@ from test_train import TINY
 import plots
 import train
 from plumbing.files import UserError
-from study import claims, drawing, experiments, results
+from study import claims, drawing, experiments, results, tables
 
 FOLDER = Path("results/slips")  # the first study
 RUNS = results.read_folder(FOLDER)
@@ -42,7 +42,7 @@ def test_each_row_is_named_by_the_digest_of_its_settings():
     ids = {row["id"] for row in rows}
     assert len(ids) == len(rows) == len(RUNS) == 346 and all(row["experiments"] for row in rows)
     for run in RUNS:
-        assert run.folder.name == experiments.identity(run.config) and run.config["environment"]["threads"] == 1
+        assert run.folder.name == tables.identity(run.config) and run.config["environment"]["threads"] == 1
     for name in ("curves", *results.TABLES):
         assert results.read_table(FOLDER / f"{name}.csv").keys() <= ids
 
@@ -64,9 +64,7 @@ def test_each_run_is_of_one_machine():
     "value", [0, 1.0, 0.1 + 0.2, 1e-300, True, "toy", "1", "true", "null", "", "a,b", 'a "b"', "two\nlines", [1, "x"], {}, "π"]
 )
 def test_a_cell_is_read_as_it_was_written(value, tmp_path):
-    experiments.write_table(
-        tmp_path / "runs.csv", [{"id": "1", **experiments.flat({"a": value, "b": {"c": value, "none": None}})}]
-    )
+    tables.write_table(tmp_path / "runs.csv", [{"id": "1", **tables.flat({"a": value, "b": {"c": value, "none": None}})}])
     (row,) = results.read_rows(tmp_path / "runs.csv")
     config = results.config_of(row)
     assert config == {"a": value, "b": {"c": value}} and type(config["a"]) is type(value)
@@ -78,7 +76,7 @@ def some_runs(folder, seeds=(0, 1)):
     for seed in seeds:
         for name, method in {"off_rl": {}, "fpa": FPA, "grpo": {"loss": "grpo", "dapo": False}}.items():
             made = fake_run(folder / f"{name}-{seed}", seed, 0.1 + 0.2, environment=environment, **method)
-            ids.append(experiments.identity(json.loads((made / "config.json").read_text())))
+            ids.append(tables.identity(json.loads((made / "config.json").read_text())))
     add_extrapolation(folder / "fpa-0", 0.5, 0.1)
     return {"first": ids[:3], "second": ids}
 
@@ -97,7 +95,7 @@ def same_runs(ours, theirs):
 
 def test_a_gathered_folder_gives_the_same_runs(tmp_path):
     names = some_runs(tmp_path / "runs")
-    assert experiments.gather(tmp_path / "runs", tmp_path / "tables", names) == 6
+    assert tables.gather(tmp_path / "runs", tmp_path / "tables", names) == 6
     assert same_runs(results.read_folder(tmp_path / "tables"), results.read_folder(tmp_path / "runs"))
     rows = results.read_rows(tmp_path / "tables" / "runs.csv")
     assert [row["experiments"] for row in rows] == ["first second"] * 3 + ["second"] * 3
@@ -105,31 +103,31 @@ def test_a_gathered_folder_gives_the_same_runs(tmp_path):
 
 
 def test_gathering_adds_and_never_loses(tmp_path, capsys):
-    tables, names = tmp_path / "tables", some_runs(tmp_path / "all")
+    folder, names = tmp_path / "tables", some_runs(tmp_path / "all")
     first = {"first": names["first"]}
-    assert experiments.gather(tmp_path / "all", tables, first) == 3  # of no other experiment
-    before = contents(tables)
-    assert experiments.gather(tmp_path / "all", tables, first) == 0
-    assert experiments.gather(tmp_path / "none", tables, first) == 0
-    assert contents(tables) == before
+    assert tables.gather(tmp_path / "all", folder, first) == 3  # of no other experiment
+    before = contents(folder)
+    assert tables.gather(tmp_path / "all", folder, first) == 0
+    assert tables.gather(tmp_path / "none", folder, first) == 0
+    assert contents(folder) == before
     (tmp_path / "all" / "off_rl-1" / "log.csv").write_text("step\n")  # an unfinished run
-    assert experiments.gather(tmp_path / "all", tables, names) == 2 and "off_rl-1" in capsys.readouterr().err
+    assert tables.gather(tmp_path / "all", folder, names) == 2 and "off_rl-1" in capsys.readouterr().err
     fake_run(tmp_path / "more" / "off_rl-1", 1, 0.1 + 0.2, environment={"cpu": 'x "86", fast', "threads": 1})
-    assert experiments.gather(tmp_path / "more", tables, names) == 1
+    assert tables.gather(tmp_path / "more", folder, names) == 1
     add_extrapolation(tmp_path / "all" / "off_rl-0", 2.0, 0.1)  # diagnostics that were made later
-    assert experiments.gather(tmp_path / "all", tables, names) == 0
+    assert tables.gather(tmp_path / "all", folder, names) == 0
     shutil.copy(tmp_path / "more" / "off_rl-1" / "log.csv", tmp_path / "all" / "off_rl-1")
-    assert same_runs(results.read_folder(tables), results.read_folder(tmp_path / "all"))
+    assert same_runs(results.read_folder(folder), results.read_folder(tmp_path / "all"))
 
 
 def test_a_gathering_that_was_cut_off_is_made_good(tmp_path):
-    tables, names = tmp_path / "tables", some_runs(tmp_path / "runs")
-    experiments.gather(tmp_path / "runs", tables, names)
-    whole = contents(tables)
-    rows = results.read_rows(tables / "runs.csv")
-    experiments.write_table(tables / "runs.csv", rows[:2])  # the file that is written last
-    assert experiments.gather(tmp_path / "runs", tables, names) == 4
-    assert contents(tables) == whole
+    folder, names = tmp_path / "tables", some_runs(tmp_path / "runs")
+    tables.gather(tmp_path / "runs", folder, names)
+    whole = contents(folder)
+    rows = results.read_rows(folder / "runs.csv")
+    tables.write_table(folder / "runs.csv", rows[:2])  # the file that is written last
+    assert tables.gather(tmp_path / "runs", folder, names) == 4
+    assert contents(folder) == whole
 
 
 TORN = {
@@ -156,7 +154,7 @@ DAMAGED = TORN | {
 def damaged(folder, name, damage):
     """Tables of three runs, one of them damaged -> the three experiments' ids, and the content of the tables."""
     names = some_runs(folder / "runs", seeds=(0,))
-    experiments.gather(folder / "runs", folder / "tables", names)
+    tables.gather(folder / "runs", folder / "tables", names)
     path = folder / "tables" / name
     path.write_text(damage(path.read_text()))
     return names, contents(folder / "tables")
@@ -181,9 +179,9 @@ def test_damaged_tables_are_one_line(command, name, damage, message, tmp_path, c
 def test_nothing_is_gathered_into_torn_tables(name, damage, message, tmp_path):
     names, before = damaged(tmp_path, name, damage)
     fake_run(tmp_path / "runs" / "new", 7)
-    names["first"].append(experiments.identity(json.loads((tmp_path / "runs" / "new" / "config.json").read_text())))
+    names["first"].append(tables.identity(json.loads((tmp_path / "runs" / "new" / "config.json").read_text())))
     with pytest.raises(UserError, match=re.escape(message)):
-        experiments.gather(tmp_path / "runs", tmp_path / "tables", names)
+        tables.gather(tmp_path / "runs", tmp_path / "tables", names)
     assert contents(tmp_path / "tables") == before
 
 
@@ -198,7 +196,7 @@ def test_the_experiments_are_listed(capsys):
 
 
 def test_hours_are_those_of_own_runs_or_of_runs_like_them():
-    runs, _ = experiments.held(FOLDER)
+    runs, _ = tables.held(FOLDER)
     main = {run.folder.name: run.config for run in MAIN}
     took = experiments.hours(main, runs)
     assert took == pytest.approx(sum(run.log["seconds"][-1] for run in MAIN) / 3600)
@@ -219,19 +217,20 @@ def test_a_wrong_name_gets_the_nearest(name, hint, capsys):
 
 def test_only_what_is_missing_is_run(tmp_path, monkeypatch, capsys):
     """Nothing where all is held. Where a seed's runs are gone, or its diagnostics, this seed alone; then they are gathered."""
-    monkeypatch.setattr(experiments, "EXPERIMENTS", {"one": ["--diagnostics --seed 0 1 2"], "two": ["--loss sft --seed 0 1"]})
+    made_up = {"one": (lambda runs: {"": "--diagnostics"}, range(3)), "two": (lambda runs: {"": "--loss sft"}, range(2))}
+    monkeypatch.setattr(experiments, "EXPERIMENTS", made_up)
     for name in experiments.EXPERIMENTS:
-        for args in experiments.commands(name):
+        for args in experiments.commands(name, {}).values():
             for folder, settings in train.run_settings(args).items():
                 made = fake_run(tmp_path / "runs" / folder, settings["seed"])
                 (made / "config.json").write_text(json.dumps({**settings, "steps": 10, "environment": {"cpu": "x"}}))
                 if args.diagnostics:
                     (made / "entanglement.csv").write_text("step,a\n10,1\n")
-    tables, asked, main = tmp_path / "tables", [], train.main
-    flags = ["one", "two", "--to", str(tables), "--out", str(tmp_path / "runs"), "--jobs", "1"]
+    folder, asked, main = tmp_path / "tables", [], train.main
+    flags = ["one", "two", "--to", str(folder), "--out", str(tmp_path / "runs"), "--jobs", "1"]
     settings_of = train.run_settings
     monkeypatch.setattr(train, "run_settings", lambda args: {k: {**v, "steps": 10} for k, v in settings_of(args).items()})
-    assert experiments.gather(tmp_path / "runs", tables) == 8
+    assert experiments.gather_known(tmp_path / "runs", folder) == 8
 
     def what_is_asked():
         del asked[:]
@@ -241,18 +240,18 @@ def test_only_what_is_missing_is_run(tmp_path, monkeypatch, capsys):
         return [({s["seed"] for s in runs.values()}, args.jobs, args.diagnostics) for args, runs in asked]
 
     assert not what_is_asked() and capsys.readouterr().out.count("gathered      0 new runs") == 2
-    gone = {run.folder.name for run in results.read_tables(tables) if run.config["seed"] == 1}
-    whole = {name: results.read_rows(tables / f"{name}.csv") for name in ("runs", "entanglement")}
+    gone = {run.folder.name for run in results.read_tables(folder) if run.config["seed"] == 1}
+    whole = {name: results.read_rows(folder / f"{name}.csv") for name in ("runs", "entanglement")}
     shutil.move(tmp_path / "runs", tmp_path / "kept")
     for name, expected in (("runs", [({1}, 1, True), ({1}, 1, False)]), ("entanglement", [({1}, 1, True)])):
-        experiments.write_table(tables / f"{name}.csv", [row for row in whole[name] if row["id"] not in gone])
+        tables.write_table(folder / f"{name}.csv", [row for row in whole[name] if row["id"] not in gone])
         (tmp_path / "runs").mkdir(exist_ok=True)
         assert what_is_asked() == expected
-        experiments.write_table(tables / f"{name}.csv", whole[name])
+        tables.write_table(folder / f"{name}.csv", whole[name])
 
 
 def test_an_experiment_is_run_gathered_and_then_held(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "EXPERIMENTS", {"tiny": [" ".join([*TINY, "--diagnostics"])]})
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"tiny": (lambda runs: {"": " ".join([*TINY, "--diagnostics"])}, [0])})
     flags = ["--out", str(tmp_path / "runs"), "--to", str(tmp_path / "tables"), "--jobs", "1"]
     experiments.run([*flags])
     assert re.search(r"^tiny +2 +0 +\?$", capsys.readouterr().out, flags=re.M)
@@ -389,6 +388,9 @@ def test_claims_without_their_runs_are_not_run(tmp_path):
 
 # --- figures
 
+OF_THE_STUDY = {"ratio", "diversity"}  # which have runs of many losses to show
+LATER = {"drag", *OF_THE_STUDY}  # whose columns the first study lacks
+
 
 def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
     count = 0
@@ -408,10 +410,10 @@ def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
             (folder / "tokens.csv").write_text("\n".join(["step,pair,side,first_wrong,tokens,logratios", *lines]) + "\n")
     plots.run([str(tmp_path / "runs"), "--to", str(tmp_path / "figures")])
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.png")}
-    assert drawn == set(plots.FIGURES) and "2 seeds" in capsys.readouterr().out
+    assert drawn == set(plots.FIGURES) - OF_THE_STUDY and "2 seeds" in capsys.readouterr().out
 
     runs = results.read_runs(results.run_folders(tmp_path / "runs"))
-    figures = {name: function(runs)[0] for name, function in plots.FIGURES.items()}
+    figures = {name: plots.FIGURES[name](runs)[0] for name in drawn}
     axes = {name: figure.axes for name, figure in figures.items()}
     for figure in figures.values():
         check_hygiene(figure)
@@ -475,12 +477,48 @@ def test_the_first_study_has_the_parts_of_the_entanglement_alone():
     drawing.plt.close(figure)
 
 
-@pytest.mark.parametrize("name", [name for name in plots.FIGURES if name != "drag"])  # whose columns the first study lacks
+def of_the_study(loss, accuracy, weights=(1.0, 0.5), experiments=("final",), **config):
+    """A run with two evaluations, its coefficients and what the two figures of the study read."""
+    log = {"step": [0, 1000], "coefficient_correct": [np.nan, weights[0]], "coefficient_incorrect": [np.nan, weights[1]]}
+    log |= {"test_accuracy_0.7": [0.5, accuracy], "test_pass@16": [0.97, 1 - accuracy / 10]}
+    config = {"loss": loss, "steps": 1000, "seed": 0, **config}
+    return results.Run(Path(loss), config, {name: np.array(values) for name, values in log.items()}, {}, experiments)
+
+
+def test_the_studys_figures_show_what_they_say():
+    losses = ("off_rl", "fpa", "sft", "topr", "constant", "reinforce", "kto", "pessimistic")
+    runs = [of_the_study(loss, 0.1 * i, (1.0, 0.2 * (i + 1))) for i, loss in enumerate(losses)]
+    runs += [of_the_study("sft", 0.9, (1.0, 0.0)), of_the_study("fpa", 0.9, (-1.0, 1.0)), of_the_study("grpo", 0.9)]
+    figure, chosen = plots.FIGURES["ratio"](runs)
+    check_hygiene(figure)
+    dots = {(round(x, 9), y) for line in figure.axes[0].lines for x, y in zip(line.get_xdata(), line.get_ydata())}
+    assert dots == {(round(0.2 * (i + 1), 9), 0.1 * i) for i in range(8)} | {(0.01, 0.9)} and len(chosen) == 9
+    assert plots.FIGURES["ratio"](runs[:5]) is None and plots.FIGURES["diversity"](runs[:1]) is None
+    several = [of_the_study("dpo", 0.4, seed=seed) for seed in range(3)] + [of_the_study("dpo", 0.6, lam=2.0, beta=0.1)]
+    figure, chosen = plots.FIGURES["diversity"]([*several, of_the_study("sft", 0.8, experiments=("rates",))])
+    check_hygiene(figure)
+    places = {(round(c.lines[0].get_xdata()[0], 3), round(c.lines[0].get_ydata()[0], 3)) for c in figure.axes[0].containers}
+    assert places == {(0.96, 0.4), (0.94, 0.6)} and len(chosen) == 4
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(names) == {"base model", "DPO", "DPO with FPA"}
+    drawing.plt.close("all")
+
+
+@pytest.mark.parametrize("name", [name for name in plots.FIGURES if name not in LATER])
 def test_figures_are_those_of_the_tables(name):
     figure, chosen = plots.FIGURES[name](RUNS)
     check_hygiene(figure)
     drawing.plt.close(figure)
     assert Image.open(FOLDER / "figures" / f"{name}.png").text["Description"] == drawing.fingerprint(chosen)
+
+
+@pytest.mark.parametrize("name", ["drag", "tokens", "entanglement", "targets"])
+def test_figures_of_the_default_task_are_those_of_its_main_runs(name):
+    figure, chosen = plots.FIGURES[name](results.read_folder(Path("results")))
+    check_hygiene(figure)
+    drawing.plt.close(figure)
+    assert {run.config["seed"] for run in chosen} <= set(range(5)) and all("main" in run.experiments for run in chosen)
+    assert Image.open(Path("results/figures") / f"{name}.png").text["Description"] == drawing.fingerprint(chosen)
 
 
 # --- the findings

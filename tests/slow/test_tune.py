@@ -54,10 +54,12 @@ def test_a_range_grows_where_the_choice_is_near_its_end():
 
 
 def test_no_reported_number_comes_from_a_seed_that_chose_something():
-    pilot = {settings["seed"] for settings in experiments.members()["pilot"].values()}
-    assert pilot | set(SEEDS) == set(results.TUNING_SEEDS)
-    others = [settings for name, runs in experiments.members().items() if name != "pilot" for settings in runs.values()]
-    assert others and not {settings["seed"] for settings in others} & set(results.TUNING_SEEDS)
+    seeds = {name: set(seeds) for name, (_, seeds) in experiments.EXPERIMENTS.items()}
+    choosing = {name for name in seeds if name == "pilot" or name.endswith("-grid")}
+    assert set(SEEDS).union(*(seeds[name] for name in choosing)) == set(results.TUNING_SEEDS)
+    others = set().union(*(seeds[name] for name in seeds.keys() - choosing))
+    assert others == {*range(5), *results.SEEDS} and not others & set(results.TUNING_SEEDS)
+    assert not set(range(5)) & set(results.SEEDS)
 
 
 def test_numbers_are_drawn_over_their_whole_ranges():

@@ -1,0 +1,121 @@
+"""Does the coefficients' scale matter, or only their ratio? The runs of claim N5.
+
+    python -m study.scale       # lists them
+    python -m study.scale all   # trains what results/ lacks of them, and gathers it
+
+FPA at λ = 2 as it is, and with its weights C |y| divided by their mean in each batch. AdamW divides a gradient's scale out, SGD
+does not. AdamW has the rate that the grid of λ = 2 chose. SGD, without clipping, has the best of RATES for FPA as it is.
+"""
+
+import contextlib
+import sys
+from unittest import mock
+
+import torch
+
+import train
+from losses import objective
+from plumbing import jobs
+from plumbing.files import digest
+from study import experiments
+from study.results import SEEDS, is_finished
+from study.tables import gather, held, identity, run_names
+from study.tune import final
+
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+CASE = "λ = 2"
+
+
+# --- the two changes to train.py
+
+
+def rescaled(batch, run):
+    """losses.objective with weights C |y| whose mean over the batch is 1."""
+    loss, coefficient = objective(batch, run)
+    return loss / (coefficient * batch.length).mean(), coefficient
+
+
+def unclipped(model, optimizer, loss, may_skip=False):
+    """plumbing's update without its clipping."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    optimizer.step()
+    return norm
+
+
+def train_one(args, name, settings):
+    """train.py's, with the changes that the settings name. For a process of its own."""
+    changes = {"objective": rescaled} if "scale" in settings else {}
+    changes |= {"adamw": torch.optim.SGD, "update": unclipped} if "optimizer" in settings else {}
+    with contextlib.ExitStack() as patches:
+        for changed, function in changes.items():
+            patches.enter_context(mock.patch.object(train, changed, function))
+        train.train_one(args, name, settings)
+
+
+# --- the runs
+
+
+def settings_of(flags, seeds, **more):
+    """{folder name: settings} of some flags and seeds, and of what train.py has no flag for."""
+    runs = train.run_settings(experiments.command_of(flags, seeds))
+    if not more:
+        return runs
+    runs = [{**settings, **more} for settings in runs.values()]
+    return {"-".join(["fpa", *more.values(), f"seed{settings['seed']}", digest(settings)]): settings for settings in runs}
+
+
+def grid(lr):
+    """The runs that choose SGD's rate."""
+    return settings_of(f"--loss fpa --lam 2 --lr {lr:g} --eval-every 5000", experiments.GRID_SEEDS, optimizer="sgd")
+
+
+def members(runs):
+    """{case: {id: settings}}, of SGD and AdamW once their rates are chosen."""
+    cases = {f"SGD, {lr:g}": grid(lr) for lr in RATES}
+    scores = {lr: [final(runs[run]) for run in map(identity, grid(lr).values()) if run in runs] for lr in RATES}
+    if all(len(some) == len(experiments.GRID_SEEDS) for some in scores.values()):
+        flags = f"--loss fpa --lam 2 --lr {max(scores, key=lambda lr: sum(scores[lr])):g}"
+        cases["SGD"] = settings_of(flags, SEEDS, optimizer="sgd")
+        cases["SGD, mean 1"] = settings_of(flags, SEEDS, optimizer="sgd", scale="mean1")
+    if flags := experiments.at_best("lambda", runs).get(CASE):
+        cases["AdamW"] = settings_of(flags, SEEDS)
+        cases["AdamW, mean 1"] = settings_of(flags, SEEDS, scale="mean1")
+    return {case: {identity(settings): settings for settings in some.values()} for case, some in cases.items()}
+
+
+def run_scale(name, args):
+    """Train what is missing, stage by stage: the grid first, then the cases at the rates that it chose."""
+    while True:
+        runs, _ = held(args.to)
+        cases = members(runs)
+        lacking = [settings for some in cases.values() for run, settings in some.items() if run not in runs]
+        if not lacking:
+            return print(f"all of its {sum(map(len, cases.values()))} runs are in {args.to}")
+        command = experiments.command_of("--loss fpa", sorted({s["seed"] for s in lacking}), args.out, args.jobs)
+        command.jobs = args.jobs or torch.get_num_threads()
+        names = {f"fpa-{identity(settings)}": settings for settings in lacking}
+        todo = {name: settings for name, settings in names.items() if not is_finished(args.out / name)}
+        (args.out / "cache").mkdir(parents=True, exist_ok=True)
+        stages = {f"seed {seed}": (command, seed, todo) for seed in sorted({s["seed"] for s in todo.values()})}
+        tasks = {args.out / name: (f"seed {s['seed']}", (command, name, s)) for name, s in todo.items()}
+        jobs.side_by_side(command.jobs, train.cache_stages, stages, train_one, tasks, after=lambda folder: None)
+        gather(args.out, args.to, {"scale": [run for some in cases.values() for run in some]})
+
+
+def listing(folder):
+    """How many of its runs a folder of tables holds."""
+    runs, _ = held(folder)
+    cases = members(runs)
+    return "\n".join(f"{case:16}{sum(run in runs for run in some):>3} of {len(some)}" for case, some in cases.items())
+
+
+def run(argv=None):
+    """The command: list, or train and gather."""
+    run_names(argv, "python -m study.scale", __doc__.splitlines()[0], "parts", {"all": run_scale}, run_scale, listing)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
+    run()

@@ -1,0 +1,130 @@
+"""The tables of results/: what they hold, and the way of finished runs into them. And the command that runs what they lack.
+
+runs.csv has a row a run with its settings, and names its experiments. curves.csv and the tables of study/diagnostics.py have
+the rows of all runs, each with its run's id. study/results.py reads them.
+"""
+
+import json
+
+from plumbing.files import digest, locked, printable_path, write_csv
+from plumbing.flags import check_folder, command, command_line, natural, nearest
+from study.results import METHOD, RENAMED, SEEDS, TABLES, by, read_runs, read_table, read_tables, run_folders, table_rows
+
+
+def identity(config):
+    """A run's id: the digest of its settings, which also ends the name of its folder."""
+    return digest({name: value for name, value in config.items() if name not in ("measured", "environment")})
+
+
+def held(folder):
+    """({id: Run} of a folder of tables, the ids of those with diagnostics)."""
+    runs = {run.folder.name: run for run in read_tables(folder)} if (folder / "runs.csv").exists() else {}
+    return runs, {run for run in runs if "entanglement" in runs[run].tables}
+
+
+# --- gathering
+
+
+def cell(value):
+    """A setting as a cell's text: JSON, and a string bare where it cannot be taken for JSON."""
+    if isinstance(value, str) and value.isprintable():
+        try:
+            json.loads(value)
+        except ValueError:
+            return value or '""'
+    return json.dumps(value, ensure_ascii=False)
+
+
+def flat(settings, prefix=""):
+    """A dict in dicts as {column of runs.csv: cell}, names joined by dots. A setting of no value gets none."""
+    cells = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            cells |= flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            cells[RENAMED.get(prefix + name, prefix + name)] = cell(value)
+    return cells
+
+
+def write_table(path, rows):
+    """Write rows of text. The columns are all that some row has; a cell is empty where its row has none."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(path, [{name: row.get(name, "") for name in names} for row in rows])
+
+
+def in_order(rows):
+    """Rows of runs.csv with their columns in order: settings, then the method, then what was measured and on what machine."""
+
+    def place(name):
+        if name in METHOD:
+            return METHOD.index(name)
+        return len(METHOD) if name.split(".")[0] in ("measured", "environment", "machine") else -1
+
+    names = sorted(dict.fromkeys(name for row in rows for name in row), key=place)
+    return [{name: row.get(name, "") for name in names} for row in rows]
+
+
+def gather(runs_folder, folder, experiments):
+    """Append the finished runs of a folder of train.py's to the tables of another one; the number of new runs.
+
+    Only runs of an experiment are taken: {name: ids}. A run that the tables hold stays as it is, but for diagnostics that it
+    lacks. No tokens are taken of SEEDS, whose table would be too large. runs.csv is written last, so that a run counts once its
+    other rows are there.
+    """
+    names = by([(run, name) for name, ids in experiments.items() for run in ids], lambda pair: pair[0])
+    finished = {identity(run.config): run for run in read_runs(run_folders(runs_folder))}
+    finished = {run: finished[run] for run in names if run in finished}
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "runs.lock", folder, wait=True):
+        tables = {name: read_table(folder / f"{name}.csv") for name in TABLES}  # refused before anything is written
+        rows = {row["id"]: row for row in table_rows(folder / "runs.csv")}
+        new = {run: made for run, made in finished.items() if run not in rows}
+        append(folder / "curves.csv", {run: made.folder / "log.csv" for run, made in new.items()})
+        for table in TABLES:
+            known = rows.keys() & tables[table].keys()
+            wanted = {run: made for run, made in finished.items() if table != "tokens" or made.config["seed"] not in SEEDS}
+            lacking = {run: made.folder / f"{table}.csv" for run, made in wanted.items() if run not in known}
+            append(folder / f"{table}.csv", {run: path for run, path in lacking.items() if path.exists()})
+        rows |= {run: {"id": run, "experiments": "", **flat(made.config)} for run, made in new.items()}
+        for run, row in rows.items():
+            row["experiments"] = " ".join(name for _, name in names.get(run, ())) or row["experiments"]
+        ordered = in_order(list(rows.values())) if rows else []
+        if ordered != table_rows(folder / "runs.csv"):
+            write_table(folder / "runs.csv", ordered)
+    return len(new)
+
+
+def append(path, sources):
+    """Append {id: a run's own CSV file} to a table; rows of such an id, of a gathering that was cut off, are replaced."""
+    rows = {**read_table(path), **{run: table_rows(source) for run, source in sources.items()}}
+    if sources:
+        write_table(path, [{"id": run, **row} for run, some in rows.items() for row in some])
+
+
+# --- the command
+
+
+def run_names(argv, program, description, what, known, run_one, listing):
+    """A command that runs what it is given the names of, or lists it; tune.py's too. A wrong name is one line and exit code 2.
+
+    run_one(name, args) runs one, and listing(folder) is the text of the list; args holds out, to and jobs.
+    """
+    parser = command_line(description, prog=program)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"{what} to run: {', '.join(known)}; without a name, list them")
+    add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder that the runs are trained in")
+    add("--to", default="results", type=printable_path, metavar="FOLDER", help="folder of the tables that hold the runs")
+    add("--jobs", default=0, type=natural, metavar="N", help="runs at once, a thread each; 0: one a CPU thread, one on a GPU")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if name not in known:
+            split = f"; write {' '.join(name.replace(',', ' ').split())}" if "," in name else ""
+            parser.error(f"{name!r} is none of the {what}{split or nearest(name, known) or ': ' + ', '.join(known)}")
+    check_folder(parser, "--out", args.out)
+    check_folder(parser, "--to", args.to)
+    kept = "finished runs, and checkpoints of the others, are kept; the same command goes on from there"
+    with command(program, kept, args.out):
+        for name in args.names:
+            run_one(name, args)
+        if not args.names:
+            print(listing(args.to))

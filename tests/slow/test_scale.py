@@ -1,0 +1,83 @@
+"""study/scale.py: what it changes in train.py, its runs from the grid to the tables, and the theory that it asks about."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train import TINY
+
+from losses import LOSSES, objective
+from plumbing.keeper import adamw, update
+from study import experiments, results, scale
+
+
+def batch_of(rows=6):
+    torch.manual_seed(0)
+    logp_sum = -torch.rand(rows) * 5 - 1
+    length = torch.full((rows,), 4.0)
+    values = {"logp_sum": logp_sum.requires_grad_(), "future_logp_sum": logp_sum.detach() - 1, "length": length}
+    return SimpleNamespace(**values, logratio=torch.zeros(rows), reward=torch.tensor([1.0, -1.0] * (rows // 2)))
+
+
+def test_rescaled_weights_have_mean_1_and_the_same_ratios():
+    b, run = batch_of(), SimpleNamespace(loss="fpa", lam=2.0, target="both")
+    (plain,) = torch.autograd.grad(objective(b, run)[0], b.logp_sum)
+    loss, coefficient = scale.rescaled(b, run)
+    (got,) = torch.autograd.grad(loss, b.logp_sum)
+    assert (got * len(got) * b.length).abs().mean() == pytest.approx(1)
+    assert torch.allclose(got / got[0], plain / plain[0]) and torch.equal(coefficient, objective(b, run)[1])
+
+
+def steps(make, scales, update=update):
+    """A tiny regression's weights after a few steps, its loss multiplied by each scale."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 1), torch.randn(8, 3)
+    optimizer = make(model.parameters(), 0.01)
+    for factor in scales:
+        update(model, optimizer, factor * (model(x) - 1).square().mean())
+    return model.weight.detach()
+
+
+def test_adamw_divides_a_constant_scale_out():
+    plain, scaled = (steps(adamw, [factor] * 20) for factor in (1.0, 100.0))
+    assert torch.allclose(plain, scaled, atol=1e-5)
+    plain, scaled = (steps(torch.optim.SGD, [factor] * 20, scale.unclipped) for factor in (1.0, 10.0))
+    assert not torch.allclose(plain, scaled, atol=1e-2)
+
+
+def test_topr_brakes_at_a_tenth_of_fpas_distance():
+    length = torch.tensor([52.0])
+
+    def weight(loss, logratio):
+        batch = SimpleNamespace(logp_sum=torch.tensor([logratio]), logratio=torch.tensor([logratio]), length=length)
+        batch.reward = torch.tensor([-1.0])
+        return (LOSSES[loss](batch, SimpleNamespace(lam=2.0, target="both"))[1] * length).item()
+
+    assert weight("topr", -0.7) == pytest.approx(0.5, abs=0.01)  # of 1, where π_ref gives the answer a probability of 1
+    assert weight("power", -12.0) == pytest.approx(0.5, abs=0.01) and 52 * math.log(2) / 3 == pytest.approx(12, abs=0.1)
+
+
+def test_the_runs_go_from_the_grid_to_the_cases_and_into_the_tables(tmp_path, monkeypatch, capsys):
+    flags = " ".join(TINY)
+    plain = experiments.command_of
+
+    def tiny(words, seeds, out="runs", jobs=0):
+        rate = f" --lr {words.split('--lr ')[1].split()[0]}" if "--lr" in words else ""
+        return plain(f"--loss fpa --lam 2{rate} {flags}", seeds, out, jobs)
+
+    monkeypatch.setattr(experiments, "command_of", tiny)
+    monkeypatch.setattr(experiments, "at_best", lambda name, runs: {scale.CASE: "--loss fpa --lam 2 --lr 1e-3"})
+    monkeypatch.setattr(scale, "RATES", (0.01, 0.1))
+    monkeypatch.setattr(scale, "SEEDS", (3000,))
+    where = ["--out", str(tmp_path / "runs"), "--to", str(tmp_path / "tables"), "--jobs", "2"]
+    scale.run(["all", *where])
+    runs = results.read_folder(tmp_path / "tables")
+    assert len(runs) == 2 * 2 + 4 and all(run.config["loss"] == "fpa" for run in runs)
+    kinds = {(run.config.get("optimizer"), run.config.get("scale")) for run in runs if run.config["seed"] == 3000}
+    assert kinds == {(None, None), (None, "mean1"), ("sgd", None), ("sgd", "mean1")}
+    finals = {run.log["pi_correct"][-1] for run in runs if run.config["seed"] == 3000}
+    assert len(finals) == 4  # four different policies
+    capsys.readouterr()
+    scale.run(["all", *where])
+    assert "all of its 8 runs are in" in capsys.readouterr().out
