@@ -1,0 +1,357 @@
+"""The claims of the study on `habit`, the rule that judges them, and results/results.md.
+
+    python -m study.verdicts   # results/ -> results/results.md
+
+The claims and the rule were committed before the first run of SEEDS. A test holds them to docs/protocol.md, which does not
+change. study/rule.py is the rule, and study/experiments.py has the runs: a claim takes them by (experiment, case). Every number
+of a claim has one value a seed.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from losses import LOSSES
+from plumbing.files import printable_path, write_text
+from plumbing.flags import command, command_line
+from study import rule, scale, tune
+from study.experiments import CASES, LAMBDAS, RATES, best_rates, members
+from study.results import extrapolated, mean_and_interval
+from study.rule import Claim, Measured, holm, verdicts
+from study.tables import held
+from study.tune import FAMILIES
+
+METRIC = "test_accuracy_0.7"
+TARGET = 0.7  # of C14b: pass@1 at temperature 0.7 on validation problems
+
+
+# --- the runs, and numbers of them
+
+
+def study(folder):
+    """{(experiment, case): {seed: Run}} of what a folder of tables holds."""
+    runs, _ = held(folder)
+    return {
+        (name, case): {settings["seed"]: runs[run] for run, settings in ids.items() if run in runs}
+        for name, cases in {**members(runs), "scale": scale.members(runs)}.items()
+        for case, ids in cases.items()
+    }
+
+
+def last(column):
+    return lambda run: run.log[column][-1]
+
+
+metric = last(METRIC)
+
+
+def each(runs, value):
+    """value(run) of every seed (seeds,)."""
+    return np.array([value(run) for _, run in sorted(runs.items())])
+
+
+def paired(ours, theirs, value=metric):
+    """value(run) of one method minus that of another, of the seeds that both have (seeds,)."""
+    return np.array([value(ours[seed]) - value(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())])
+
+
+def ratios(ours, theirs, value):
+    return np.exp(paired(ours, theirs, lambda run: math.log(value(run))))
+
+
+def fall(run):
+    """Of pass@1 at temperature 0.7 on validation problems, from its peak to the last evaluation."""
+    return run.log["accuracy_0.7"].max() - run.log["accuracy_0.7"][-1]
+
+
+def share_down(run):
+    """Of the first 200 steps, those that lower the batch's correct rows."""
+    table = run.tables["batch"]
+    return np.mean((table["down"] > table["up"])[table["step"] < 200])
+
+
+def braked(run):
+    """The first step at which C_l / C_w is below 0.5; the number of steps where it never is."""
+    table = run.tables["batch"]
+    below = table["coefficient_incorrect"] < 0.5 * table["coefficient_correct"]
+    return table["step"][below][0] if below.any() else run.config["steps"]
+
+
+def forecast(first, end, column="kl"):
+    """The future policy's distance from the policy of step t' = (1 + λ) t, over the present's: geometric mean over λ of 1 and 2
+    and over t from `first` to `end`."""
+
+    def of(run):
+        pairs = extrapolated(run, column).items()
+        chosen = [a / b for (t, later, lam), (a, b) in pairs if lam in (1, 2) and later == (1 + lam) * t and first <= t <= end]
+        return np.exp(np.mean(np.log(chosen)))
+
+    return of
+
+
+def straight(later):
+    """R² of linear drift up to a step."""
+
+    def of(run):
+        table = run.tables["extrapolation"]
+        return table["linear_r2"][table["later"] == later][0]
+
+    return of
+
+
+def reached(run, column):
+    """A running sum at the first evaluation that reaches TARGET; at the end where none does."""
+    good = run.log["accuracy_0.7"] >= TARGET
+    return run.log[column][good.argmax() if good.any() else -1]
+
+
+def at_tokens(sampled):
+    """Pass@1 at temperature 0.7 on validation problems at the last evaluation before that many tokens were sampled."""
+    return lambda run: run.log["accuracy_0.7"][run.log["tokens_sampled"] <= sampled][-1]
+
+
+# --- the claims
+
+
+class Runs:
+    """The runs of a study as the claims name them: of an experiment, by case."""
+
+    def __init__(self, runs):
+        self.runs = runs
+
+    def __call__(self, experiment, case):
+        return self.runs.get((experiment, case), {})
+
+    def accuracy(self, text, ours, theirs, side=">", bound=0.0, experiment="final"):
+        """The commonest number: one case's final METRIC less another's."""
+        return Measured(text, paired(self(experiment, ours), self(experiment, theirs)), side, bound)
+
+
+def about_the_mechanism(runs):
+    off_rl, fpa = runs("final", "off_rl"), runs("final", "fpa")
+    plain = runs("extrapolation", "off_rl, 0.0002")
+    yield "N1", "an Off-RL step lowers its correct rows", [
+        Measured("share of the first 200 steps in which a batch's incorrect rows push its correct rows down more than these "
+                 "push up, lr 2e-4", each(plain, share_down), ">", 0.5),
+        Measured("the same at the tuned setting", each(off_rl, share_down)),
+    ], "extrapolation final"  # fmt: skip
+    by_rate = [runs("rates", f"{lr:g}") for lr in RATES]
+    seeds = sorted(set.intersection(*(set(some) for some in by_rate)))
+    rank = [
+        stats.spearmanr(
+            [some[seed].log["logratio_correct_p5"][-1] for some in by_rate], [metric(some[seed]) for some in by_rate]
+        )[0]
+        for seed in seeds
+    ]
+    yield "N2", "the drag explains the accuracy that Off-RL loses", [
+        Measured("rank correlation of accuracy and the 5th percentile of correct rows' log-ratios, over seven learning rates",
+                 np.array(rank), ">", 0.5),
+    ], "rates"  # fmt: skip
+    yield "N3", "FPA's relative brake comes earlier", [
+        Measured("step at which C_l / C_w falls below 0.5, FPA / Off-RL, each tuned",
+                 ratios(fpa, off_rl, lambda run: braked(run) + 1), "<", 1, ratio=True),
+    ], "final"  # fmt: skip
+    yield "C10", "the extrapolation forecasts", [
+        *[Measured(f"KL of π̂ from the policy of step (1 + λ) t, λ of 1 and 2, over the present policy's, lr {lr}, t from "
+                   f"{first} to {end}", each(runs("extrapolation", lr), forecast(first, end)), "<", 1, ratio=True)
+          for lr in ("2e-05", "0.0002") for first, end in ((10, 40), (80, 320))],
+        *[Measured(f"R² of linear drift to step {step}, lr {lr}", each(runs("extrapolation", lr), straight(step)))
+          for lr in ("2e-05", "0.0002") for step in (80, 960)],
+    ], "extrapolation"  # fmt: skip
+    cases = {name: runs("scale", name) for name in ("AdamW", "AdamW, mean 1", "SGD", "SGD, mean 1")}
+    yield "N5", "under AdamW the coefficients' scale does not matter, only their ratio", [
+        Measured("accuracy with weights of mean 1 in each batch − with FPA's own, AdamW",
+                 paired(cases["AdamW, mean 1"], cases["AdamW"]), "≈"),
+        Measured("the same, SGD at one learning rate", paired(cases["SGD, mean 1"], cases["SGD"]), "≉"),
+    ], "scale"  # fmt: skip
+
+
+def about_stability(runs):
+    long = {name: runs("prolonged", name) for name in ("fpa", "off_rl")}
+    yield "C6", "FPA is stable in prolonged training, Off-RL is not", [
+        Measured("fall from the peak on validation problems over 4,000 steps, FPA − Off-RL",
+                 paired(long["fpa"], long["off_rl"], fall), "<"),
+        Measured("fall of FPA", each(long["fpa"], fall), "<", 0.05),
+    ], "prolonged"  # fmt: skip
+
+
+def about_others(runs):
+    yield "C7", "FPA beats its neighbours, all tuned alike", [
+        runs.accuracy(f"FPA − {LOSSES[loss].label}", "fpa", loss) for loss in ("off_rl", "simper", "dpo", "rpo", "kto")
+    ], "final"  # fmt: skip
+    yield "C11", "the FPA form helps DPO and RPO", [
+        runs.accuracy(f"{LOSSES[loss].label} with FPA − {LOSSES[loss].label}", f"{loss}_fpa", loss) for loss in ("dpo", "rpo")
+    ], "final"  # fmt: skip
+    rates = [runs("rates", f"{lr:g}") for lr in RATES]
+    best = max(rates, key=lambda some: each(some, metric).mean()) if all(rates) else {}
+    yield "C12", "FPA is not just slower training", [
+        Measured("FPA − Off-RL at the rate that is best on these seeds", paired(runs("final", "fpa"), best), ">"),
+    ], "final rates"  # fmt: skip
+    controls = ("topr", "sharpened", "power", "constant", "asymre")
+    yield "C15", "the extrapolation matters", [
+        runs.accuracy(f"FPA − {LOSSES[loss].label}", "fpa", loss) for loss in controls
+    ], "final"  # fmt: skip
+
+
+def about_its_parts(runs):
+    yield "C8", "the middle of λ is best, each at its own learning rate", [
+        *[runs.accuracy(f"λ = 2 − λ = {end}", "λ = 2", f"λ = {end}", experiment="lambda") for end in (0, 10)],
+        *[Measured(f"accuracy at λ = {lam}", each(runs("lambda", f"λ = {lam}"), metric)) for lam in LAMBDAS],
+    ], "lambda"  # fmt: skip
+    both, base = runs("lambda", "λ = 2"), runs("lambda", "λ = 0")
+    only = {target: runs("targets", target) for target in ("incorrect", "correct")}
+    yield "C9", "FPA's gain comes from the incorrect rows, each at its own learning rate", [
+        Measured("FPA's coefficient on incorrect rows only − Off-RL", paired(only["incorrect"], base), ">"),
+        Measured("on incorrect rows only − on both", paired(only["incorrect"], both), ">", -0.05),
+        Measured("on correct rows only − Off-RL", paired(only["correct"], base), "<", 0.05),
+    ], "targets lambda"  # fmt: skip
+
+
+def about_data(runs, chosen):
+    fpa, grpo, sft = (runs("final", name) for name in ("fpa", "grpo", "sft"))
+    sampled = {seed: run.log["tokens_sampled"][-1] for seed, run in fpa.items()}
+    equal = [
+        run.log["accuracy_0.7"][-1] - at_tokens(sampled[seed])(grpo[seed]) for seed, run in sorted(fpa.items()) if seed in grpo
+    ]
+    yield "C14a", "FPA needs fewer samples than GRPO", [
+        Measured("accuracy on validation problems at as many sampled tokens, FPA − GRPO", np.array(equal), ">"),
+        runs.accuracy("at the end, FPA − GRPO", "fpa", "grpo", side=""),
+    ], "final"  # fmt: skip
+    yield "C14b", f"FPA is cheaper to an accuracy of {TARGET} than GRPO", [
+        Measured(f"{words}, FPA / GRPO", ratios(fpa, grpo, lambda run: reached(run, column)), "<", 1, ratio=True)
+        for words, column in (("seconds", "seconds"), ("tokens trained on", "tokens_trained"))
+    ], "final"  # fmt: skip
+    using = {name: score for name, score in chosen.items() if name not in ("sft", "grpo")}
+    best = runs("final", max(using, key=using.get)) if len(using) == len(FAMILIES) - 2 else {}
+    yield "C16", "incorrect rows are worth having: the offline loss that tuning put first among those that use them", [
+        Measured("accuracy, this loss − SFT", paired(best, sft), ">"),
+        Measured("pass@16, this loss − SFT", paired(best, sft, last("test_pass@16")), ">", -0.02),
+    ], "final"  # fmt: skip
+    yield "C17", "who wins depends on how much data there is, at equal passes, each at its own learning rate", [
+        runs.accuracy("SFT − FPA, 256 prompts", "sft, 256 prompts", "fpa, 256 prompts", experiment="sizes"),
+        runs.accuracy("FPA − SFT, 4,096 prompts", "fpa, 4096 prompts", "sft, 4096 prompts", experiment="sizes"),
+    ], "sizes"  # fmt: skip
+    yield "N4", "FPA does not reduce diversity", [
+        Measured("pass@16, FPA − SFT", paired(fpa, sft, last("test_pass@16")), ">", -0.02),
+        Measured("entropy, FPA − SFT [nats a token]", paired(fpa, sft, last("test_entropy"))),
+    ], "final"  # fmt: skip
+
+
+def claims(runs, chosen):
+    """{id: Claim}, from `study` and the families' tuning scores {name: score}; numbers without runs have no values."""
+    runs = Runs(runs)
+    parts = (
+        about_the_mechanism(runs),
+        about_stability(runs),
+        about_others(runs),
+        about_its_parts(runs),
+        about_data(runs, chosen),
+    )
+    return {name: Claim(text, measured, experiments) for part in parts for name, text, measured, experiments in part}
+
+
+# --- results.md
+
+SHOWN = {
+    "pass@1, T = 0.7": METRIC,
+    "T = 1": "test_accuracy",
+    "greedy": "test_accuracy_greedy",
+    "pass@16": "test_pass@16",
+    "entropy [nats]": "test_entropy",
+}
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
+
+
+def rules_table():
+    """What is claimed and measured, without any run: the table of docs/protocol.md."""
+    rows = [
+        (name, claim.text, "<br>".join(map(str, claim.measured)), claim.experiments) for name, claim in claims({}, {}).items()
+    ]
+    return table(["id", "claim", "measured", "runs"], rows)
+
+
+def claims_table(found):
+    """The claims with their numbers, adjusted p and verdicts."""
+    adjusted, words = holm(found), verdicts(found)
+    rows = []
+    for name, claim in found.items():
+        numbers = "<br>".join(map(str, claim.measured))
+        p = f"{adjusted[name]:.2g}" if name in adjusted else ""
+        rows.append(
+            (f"{name}: {claim.text}", numbers, "–".join(map(str, claim.seeds)), p, f"**{words[name]}**", claim.experiments)
+        )
+    header = ["claim", "measured: mean over seeds ± 95 % interval", "seeds", "p, Holm", "verdict", "runs"]
+    return table(header, rows)
+
+
+def numbers_of(runs, index=-1):
+    """Cells of SHOWN's columns at an evaluation, mean ± 95 % interval over seeds."""
+    cells = []
+    for column in SHOWN.values():
+        mean, half = mean_and_interval(each(runs, lambda run: run.log[column][index]))
+        cells.append(f"{mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}"))
+    return cells
+
+
+def families_table(runs, experiment):
+    """Every family at its tuned setting, the base model first; fewer seeds, or none, are said."""
+    header, rows = ["family", "seeds", *SHOWN], []
+    cases = {name: runs.get((experiment, name), {}) for name in FAMILIES}
+    base = next((some for some in cases.values() if some), {})
+    if base:
+        rows.append(["base model", len(base), *numbers_of(base, 0)])
+    for name, some in cases.items():
+        rows.append([f"`{name}`", len(some), *(numbers_of(some) if some else ["not run"] + [""] * (len(SHOWN) - 1))])
+    return table(header, rows)
+
+
+def results(folder):
+    """results.md of a folder of tables."""
+    runs = study(folder)
+    held_runs, _ = held(folder)
+    searches = {name: tune.search(name, tune.scores(name, held_runs)) for name in FAMILIES}
+    found = claims(runs, {name: some.score for name, some in searches.items() if some.chosen})
+    text, rows = rule.__doc__.partition("\n\n")[2].strip(), []
+    for name, some in searches.items():
+        came = f"`{tune.words(name, some.chosen)}`" if some.chosen else f"missing: {len(some.missing)} runs of this round"
+        rows.append([f"`{name}`", len(some.asked), f"{some.score:.3f}" if some.chosen else "", came])
+    tuning = table(["family", "rounds", "validation pass@1, T = 0.7", "chosen"], rows)
+    grids = table(
+        ["case", "learning rate"],
+        [
+            [case, f"{lr:g}{', an end of the grid' * (lr in (RATES[0], RATES[-1]))}"]
+            for name in CASES
+            for case, lr in best_rates(name, held_runs).items()
+        ],
+    )
+    return (
+        "# Results of the study on `habit`\n\nWritten by `python -m study.verdicts`.\n\n"
+        f"## Claims\n\n{text}\n\n{claims_table(found)}\n"
+        f"## Every family, task `habit`\n\nTest problems, after the last step.\n\n{families_table(runs, 'final')}\n"
+        f"## Every family, task `slips`\n\nAt the settings that were tuned on `habit`.\n\n{families_table(runs, 'slips')}\n"
+        f"## Tuning\n\nBy `python -m study.tune`, on seeds that no other number comes from.\n\n{tuning}\n{grids}"
+    )
+
+
+# --- the command
+
+
+def run(argv=None):
+    """The command: write results.md, or one line on stderr and exit code 2."""
+    parser = command_line(__doc__.splitlines()[0], prog="python -m study.verdicts")
+    parser.add_argument("folder", nargs="?", default=Path("results"), type=printable_path, help="folder of tables")
+    args = parser.parse_args(argv)
+    path = args.folder / "results.md"
+    with command(parser.prog, f"{path} is whole, and may be of before", path):
+        write_text(path, results(args.folder))
+        print(f"results       {path}")
+
+
+if __name__ == "__main__":
+    run()

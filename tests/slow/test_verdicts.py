@@ -1,0 +1,216 @@
+"""study/rule.py by hand, study/verdicts.py on made-up runs, and docs/protocol.md, which does not change."""
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from losses import LOSSES
+from study import experiments, results, rule, tune, verdicts
+from study.rule import Claim, Measured
+
+PAGE = Path("docs/protocol.md").read_text()
+
+
+def number(values, side="", bound=0.0, ratio=False):
+    return Measured("x", np.array(values, dtype=float), side, bound, ratio)
+
+
+# --- the rule
+
+
+def test_the_rule_and_the_claims_are_those_that_were_committed_before_the_runs():
+    assert rule.__doc__.partition("\n\n")[2].strip() in PAGE and verdicts.rules_table() in PAGE
+    text = rule.__doc__.partition("\n\n")[2] + verdicts.rules_table()
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "9b917feb6631451d", "the rule has moved"
+    assert len(verdicts.claims({}, {})) == rule.COUNT
+
+
+@pytest.mark.parametrize(
+    "values, side, bound, p_for, p_flip",
+    [
+        ([1, 2, 3], ">", 0, 0.03709, 1 / 8),  # t = 2 / (1 / √3) = 3.464, two degrees of freedom
+        ([1, 2, 3], "<", 0, 1 - 0.03709, 1),
+        ([1, 2, 3], "<", 4, 0.03709, 1 / 8),
+        ([-1, 1], ">", 0, 0.5, 3 / 4),
+        ([2, 2, 2], ">", 1, 0.0, 1 / 8),
+        ([2, 2, 2], ">", 2, 1.0, 1),
+    ],
+)
+def test_p_by_hand(values, side, bound, p_for, p_flip):
+    made = number(values, side, bound)
+    assert made.p_for == pytest.approx(p_for, abs=1e-5) and made.p_flip == pytest.approx(p_flip)
+    assert made.p_against == pytest.approx(1 - p_for, abs=1e-5) or len(set(values)) == 1
+
+
+def test_a_ratio_is_tested_by_its_logarithm():
+    made, logs = number([0.5, 0.25, 0.125], "<", 1, ratio=True), np.log([0.5, 0.25, 0.125])
+    assert made.p_for == pytest.approx(stats.ttest_1samp(logs, 0, alternative="less").pvalue)
+    mean, half = results.mean_and_interval(logs)
+    assert str(made).startswith(f"x: 0.250, {math.exp(mean - half):#.3g} to {math.exp(mean + half):#.3g} (claim: < 1)")
+
+
+def test_equivalence_is_two_one_sided_tests():
+    near, far = [0.001, -0.001, 0.002, 0.0], [0.4, 0.41, 0.39, 0.4]
+    for values, side, holds in ((near, "≈", True), (far, "≈", False), (near, "≉", False), (far, "≉", True)):
+        made = number(values, side)
+        assert (made.p_for < 1e-3) == holds and (made.p_against < 1e-3) != holds
+    upper = stats.ttest_1samp(near, 0.03, alternative="less").pvalue
+    lower = stats.ttest_1samp(near, -0.03, alternative="greater").pvalue
+    assert number(near, "≈").p_for == pytest.approx(max(upper, lower))
+
+
+def test_a_claim_holds_where_all_its_numbers_do_and_fails_where_one_fails():
+    good, bad, said = number([1, 1.1, 1.2], ">"), number([-1, -1.1, -1.2], ">"), number([5.0, 6.0, 7.0])
+    for_both = Claim("", [good, number([1, 2, 3], ">"), said], "").p
+    assert for_both[0] == pytest.approx(0.03709, abs=1e-5)
+    p_for, p_against = Claim("", [good, bad], "").p
+    assert p_for > 0.99 and p_against == pytest.approx(2 * bad.p_against)
+    assert Claim("", [good, number([], ">")], "").p is None and Claim("", [good, number([1.0], ">")], "").p is None
+
+
+def test_holm_counts_all_claims_and_never_falls():
+    def of(p):  # a claim whose p, both sides together, is this
+        return type("Fixed", (), {"p": (p / 2, 1.0)})()
+
+    adjusted = rule.holm({"a": of(0.001), "b": of(0.002), "c": of(0.5), "d": type("Fixed", (), {"p": None})()})
+    assert adjusted == pytest.approx({"a": 0.017, "b": 0.032, "c": 1.0})
+    adjusted = rule.holm({"a": of(0.001), "b": of(0.00101)})
+    assert adjusted["b"] == adjusted["a"] == pytest.approx(0.017)
+
+
+def test_the_five_verdicts():
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(8)
+    made = {
+        "supported": number(1 + 0.01 * noise, ">"),
+        "contradicted": number(-1 + 0.01 * noise, ">"),
+        "level": number(0.001 * noise - 0.001 * noise.mean(), ">"),
+        "undecided": number(noise - noise.mean(), ">"),
+        "not run": number([], ">"),
+    }
+    assert rule.verdicts({name: Claim("", [m], "") for name, m in made.items()}) == {name: name for name in made}
+
+
+# --- the claims on made-up runs
+
+
+def run_of(accuracy, **more):
+    """A run with two evaluations, and tables whose every number can be worked out by hand."""
+    values = {"test_accuracy": accuracy, "test_accuracy_0.7": accuracy, "test_accuracy_greedy": accuracy, "test_pass@16": 0.9,
+              "test_entropy": 0.1, "accuracy_0.7": accuracy, "logratio_correct_p5": -1.0, "tokens_sampled": 100.0,
+              "tokens_trained": 200.0, "seconds": 10.0}  # fmt: skip
+    batch = {"step": np.arange(300), "up": np.ones(300), "down": np.where(np.arange(300) < 150, 2.0, 0.5)}
+    batch |= {
+        "coefficient_correct": np.ones(300),
+        "coefficient_incorrect": np.where(np.arange(300) < more.get("at", 200), 1, 0.1),
+    }
+    log = {"step": np.array([0.0, 1000.0])}
+    for name, value in {**values, **more}.items():
+        log[name] = np.array(value if isinstance(value, list) else [value, value], dtype=float)
+    rows = [(t, (1 + lam) * t, lam, 0.1 * (1 if lam == 0 else 0.5)) for t in (10, 40, 80, 320) for lam in (1, 2)]
+    rows += [(t, (1 + lam) * t, 0, 0.1) for t in (10, 40, 80, 320) for lam in (1, 2)] + [(10, 960, 0, 0.1)]
+    table = dict(zip(("t", "later", "lam", "kl"), map(np.array, zip(*rows)))) | {"linear_r2": np.full(len(rows), 0.75)}
+    return results.Run(Path("x"), {"steps": 1000}, log, {"batch": batch, "extrapolation": table})
+
+
+def made_up():
+    """{(experiment, case): {seed: Run}}, and the tuning scores."""
+    final = {name: 0.5 for name in tune.FAMILIES}
+    final |= {"fpa": 0.8, "off_rl": 0.2, "sft": 0.7, "topr": 0.9, "dpo": 0.4, "rpo": 0.65, "grpo": 0.75, "kto": 0.35}
+    runs = {("final", name): accuracy for name, accuracy in final.items()}
+    runs |= {("rates", f"{lr:g}"): 0.1 * i for i, lr in enumerate(experiments.RATES)}
+    runs |= {("extrapolation", case): 0.5 for case in ("2e-05", "0.0002", "off_rl, 0.0002")}
+    runs |= {("prolonged", "fpa"): 0.8, ("prolonged", "off_rl"): 0.3}
+    runs |= {("lambda", f"λ = {lam}"): 0.6 - 0.05 * abs(lam - 2) for lam in experiments.LAMBDAS}
+    runs |= {("targets", "incorrect"): 0.58, ("targets", "correct"): 0.1}
+    runs |= {("sizes", "sft, 256 prompts"): 0.5, ("sizes", "fpa, 256 prompts"): 0.3, ("sizes", "sft, 4096 prompts"): 0.7}
+    runs |= {("sizes", "fpa, 4096 prompts"): 0.75, ("scale", "AdamW"): 0.6, ("scale", "AdamW, mean 1"): 0.6}
+    runs |= {("scale", "SGD"): 0.5, ("scale", "SGD, mean 1"): 0.6}
+    more = {
+        ("final", "fpa"): {"at": 99, "tokens_sampled": [50.0, 50.0], "accuracy_0.7": [0.4, 0.8], "tokens_trained": [0.0, 300.0],
+                           "seconds": [5.0, 15.0], "test_pass@16": 0.8, "test_entropy": 0.05},
+        ("final", "grpo"): {"tokens_sampled": [50.0, 400.0], "accuracy_0.7": [0.4, 0.75], "tokens_trained": [1.0, 600.0],
+                            "seconds": [1.0, 60.0]},
+        ("final", "off_rl"): {"at": 199},
+        ("final", "topr"): {"test_pass@16": 0.95},
+        ("prolonged", "off_rl"): {"accuracy_0.7": [0.6, 0.2]},
+        ("prolonged", "fpa"): {"accuracy_0.7": [0.82, 0.8]},
+    }  # fmt: skip
+    for i, lr in enumerate(experiments.RATES):
+        more["rates", f"{lr:g}"] = {"logratio_correct_p5": -10.0 + i}
+    made = {
+        key: {seed: run_of(accuracy + 1e-4 * seed, **more.get(key, {})) for seed in range(8)} for key, accuracy in runs.items()
+    }
+    return made, {name: final[name] for name in tune.FAMILIES}
+
+
+EXPECTED = {  # means over seeds, by hand
+    "N1": [0.75, 0.75],
+    "N2": [1.0],
+    "N3": [100 / 200],
+    "C10": [0.5, 0.5, 0.5, 0.5, 0.75, 0.75, 0.75, 0.75],
+    "N5": [0.0, 0.1],
+    "C6": [0.02 - 0.4, 0.02],
+    "C7": [0.6, 0.3, 0.4, 0.15, 0.45],
+    "C11": [0.1, -0.15],
+    "C12": [0.2],
+    "C15": [-0.1, 0.3, 0.3, 0.3, 0.3],
+    "C8": [0.1, 0.4, 0.5, 0.525, 0.55, 0.6, 0.45, 0.2],
+    "C9": [0.08, -0.02, -0.4],
+    "C14a": [0.8 - 0.4, 0.05],
+    "C14b": [15 / 60, 300 / 600],
+    "C16": [0.2, 0.05],
+    "C17": [0.2, 0.05],
+    "N4": [-0.1, -0.05],
+}
+
+
+def test_every_claim_measures_what_it_says():
+    found = verdicts.claims(*made_up())
+    assert found.keys() == EXPECTED.keys()
+    for name, claim in found.items():
+        assert [m.values.mean() for m in claim.measured] == pytest.approx(EXPECTED[name], abs=4e-4), name
+        assert claim.seeds == [8] and set(claim.experiments.split()) <= {*experiments.EXPERIMENTS, "scale"}
+    words = rule.verdicts(found)
+    assert {name for name, word in words.items() if word == "contradicted"} == {"C11", "C15", "N4"}
+    assert {word for word in words.values()} == {"supported", "contradicted"}
+
+
+def test_one_seed_less_is_said_and_a_family_without_a_choice_is_not_run():
+    runs, scores = made_up()
+    del runs["final", "dpo"][7]
+    del scores["kto"]
+    found = verdicts.claims(runs, scores)
+    assert found["C7"].seeds == [7, 8] and "| 7–8 |" in verdicts.claims_table({"C7": found["C7"]})
+    assert rule.verdicts(found)["C16"] == "not run"
+    text = verdicts.families_table(runs, "slips")
+    assert text.count("not run") == len(tune.FAMILIES)
+
+
+def test_names_of_cases_are_those_of_the_experiments(monkeypatch):
+    """Every (experiment, case) that a claim asks for is one of the experiments', or of scale's."""
+    asked = set()
+    monkeypatch.setattr(verdicts.Runs, "__call__", lambda self, *key: asked.add(key) or {})
+    verdicts.claims({}, {})
+    monkeypatch.setattr(tune, "search", lambda name, score: tune.Search([], [], {}, {"lr": 1e-4}, 0.5))
+    monkeypatch.setattr(experiments, "score", lambda flags, runs: 0.5)
+    known = {(name, case) for name, (cases, _) in experiments.EXPERIMENTS.items() for case in cases({})}
+    assert {key for key in asked if key[0] != "scale"} <= known
+    assert len(LOSSES) - 1 <= len(tune.FAMILIES)
+
+
+def test_results_md_of_an_empty_folder_says_what_is_missing(tmp_path, capsys):
+    verdicts.run([str(tmp_path)])
+    text = (tmp_path / "results.md").read_text()
+    assert text.count("**not run**") == rule.COUNT and "missing: 24 runs of this round" in text
+    with pytest.raises(SystemExit) as stop:
+        verdicts.run([str(tmp_path), "x"])
+    assert stop.value.code == 2
+
+
+def test_results_md_is_that_of_the_tables():
+    assert Path("results/results.md").read_text() == verdicts.results(Path("results"))
