@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FOLDERS = (".", "toy_math", "plumbing", "study", "full_scale")
+FOLDERS = (".", "toy_math", "plumbing", "study", "full_scale", "examples")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 NAMES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 
@@ -95,7 +95,7 @@ def test_files_and_functions_can_be_read_in_one_sitting(path):
 
 def test_what_ls_shows():
     shown = {path.name for path in ROOT.iterdir() if path.name[0] != "." and path.name not in ("runs", "__pycache__")}
-    folders = {"toy_math", "plumbing", "study", "results", "full_scale", "docs", "tests"}
+    folders = {"toy_math", "plumbing", "study", "results", "full_scale", "examples", "docs", "tests"}
     files = "README.md LICENSE pyproject.toml requirements.txt model.py losses.py train.py plots.py lesson.ipynb".split()
     assert shown == folders | set(files)
 
