@@ -7,7 +7,7 @@ from `objective`, which calls `fpa`, and `surrogate` for the other losses' FPA f
     grad loss = - r C grad logp_sum        C >= 0 (mostly): raise correct rows, lower incorrect ones
 
 and the methods differ in the coefficient C alone. FPA replaces C(pi) by C(pi_hat), the coefficient at the future policy. C |y|
-is the weight of grad logp_mean. A test holds every C against autograd.
+is the weight of grad logp_mean. A test checks every C against autograd.
 
 Names: `logp_sum` is log pi(y|x) summed over a completion's tokens, `length` is their number |y|, logp_mean = logp_sum / length.
 exp(logp_mean), in (0, 1], is the paper's pi_bar. `logratio` is logp_sum under pi_theta minus logp_sum under pi_ref.
@@ -36,7 +36,7 @@ def fpa_loss(logits, ref_logits, tokens, mask, reward, lam=2.0):
     Returns a scalar to minimise. Its gradient is the method's; its value measures nothing, because the weight is detached.
     Raises ValueError for other rewards and for a row without a completion token, AssertionError for shapes that differ.
 
-    To use it: start the training at the frozen model, so that the first step is Off-RL's. Half of each batch here is correct.
+    To use it: start the training at the frozen model, so that the first step is Off-RL's. Let half of each batch be correct.
     Compute ref_logits under torch.no_grad(), and both in float32, since lam magnifies rounding. Watch the accuracy and the
     log-ratio of correct rows, not the loss.
     """
@@ -188,8 +188,8 @@ def asymre(logp_sum, length, reward, mean_reward, shift=0.1):
 def topr(logp_sum, logratio, length, reward):
     """Tapered off-policy REINFORCE, TOPR (Le Roux et al., arXiv 2503.14286): C_w = 1 / |y|, C_l = min(rho, 1) / |y|.
 
-    rho = exp(logratio), so it brakes by the distance from the reference policy. A surrogate too. The papers of these three sum
-    over tokens. Here the sum is divided by |y|, so that clipping the gradient's norm does not decide.
+    rho = exp(logratio), so it brakes by the distance from the reference policy. A surrogate too. The papers of NSR, AsymRE and
+    TOPR sum over tokens. Here the sum is divided by |y|, so that clipping the gradient's norm does not decide.
     """
     coefficient = (torch.where(reward > 0, 0.0, logratio.clamp(max=0)).exp() / length).detach()
     return -reward * coefficient * logp_sum, coefficient
@@ -225,7 +225,7 @@ def pessimistic(logratio, reward, mean_reward, beta=0.1, shift=0.0):
 def a_star_po(logratio, reward, value, beta=1e-3):
     """A*-PO's regression (and OAPL's, whose reference lags behind): (beta logratio + V* - r01)^2, r01 = 1 if correct, else 0.
 
-    value (B,) is `optimal_value` of each row's prompt. With beta1 = beta the minimiser is the Gibbs policy, as at c = 0 above.
+    value (B,) is `optimal_value` of each row's prompt. With beta1 = beta the minimiser is the Gibbs policy (method.md, c = 0).
     """
     return regression(logratio, (1 + reward) / 2 - value, reward, beta)
 

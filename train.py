@@ -5,7 +5,7 @@
     python train.py --loss off_rl fpa --seed 0 1 2 3 4  # several values of a flag: their product
 
 Stages: base model -> rollouts -> reference logits (toy_math/stages.py, cached under --out) -> training with evaluations.
-Left out against the paper: real checkpoints and benchmarks, which full_scale/ is for.
+Not here, unlike in the paper: real checkpoints and benchmarks, which full_scale/ is for.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def train_policy(args, settings, folder, world, title=""):
     store = OneFile(folder / "checkpoint.safetensors", model, optimizer, args.device, data=world.key, observers=len(observers))
     with Keeper(store, parts, total=run.steps, every=args.save_every, desc=folder.name, title=title) as keeper:
         for step in keeper.steps():  # from the last checkpoint on
-            log.look(step, model)
+            log.look(step, model)  # evaluates every --eval-every steps
             # ------------------------------------------------------------------
             if online:  # fresh samples of the present policy
                 b = sample_groups(model, [world.problems[i] for i in order[step].tolist()], run, generator)
@@ -127,7 +127,7 @@ class Exam:
     def __init__(self, run, world):
         self.run, self.world, self.samples = run, world, []
         reward = world.rollouts.reward
-        # the first batch of a fixed order: rows that losses on rows train on soonest
+        # the first batch of a fixed order
         self.monitored = batch_order(reward, 1, 2 * MONITORED, run.seed)[0].unique().to(reward.device)
 
     @torch.no_grad()
@@ -257,7 +257,7 @@ def parse_args(argv=None):
 
 
 def check_args(parser, args):
-    """What no single flag shows: flags at odds, and too few problems of a length."""
+    """Conflicts between flags, and too few problems of a length."""
     if args.batch_size % 2:
         parser.error(f"argument --batch-size: must be even, half correct and half incorrect, not {args.batch_size}")
     flags.check_rows(parser, args)
@@ -279,7 +279,7 @@ def run(argv=None):
         args = parse_args(argv)
     if args.force or not args.resume:
         kept = kept.replace("same command", "same command without --force and --no-resume")
-    if args.explain:  # a door to another command
+    if args.explain:  # study/explain.py takes over
         sys.argv[1:] = sys.argv[1:] if argv is None else argv
         return runpy.run_module("study.explain", run_name="__main__")
     with flags.command("train.py", kept, args.out):

@@ -44,7 +44,7 @@ def prose(path):
 
 def table(path, heading):
     """The rows of the table whose first row begins so, lists of cells as they are written."""
-    (found,) = re.findall(rf"^\| {re.escape(heading)}.*\n\|-.*\n((?:\|.*\n)+)", TEXTS[path], flags=re.M)
+    (found,) = re.findall(rf"^\|? ?{re.escape(heading)}.*\n\|-.*\n((?:\|.*\n)+)", TEXTS[path], flags=re.M)
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in found.splitlines()]
 
 
@@ -252,7 +252,7 @@ def claimed():
 def test_the_default_task_is_the_one_that_the_rule_chose():
     """docs/task.md's rule, applied to the pilot's runs in results/; its table; and the default of the command."""
     rows, spread = [], {}
-    for args in experiments.commands("pilot"):
+    for args in experiments.commands("pilot", {}).values():
         pilot, cells, passes = results.where(results.read_folder(Path("results")), habit=args.habit, slip=args.slip), [], True
         for loss, sign in (("off_rl", -1), ("fpa", 1)):
             logs = [results.where(pilot, loss=loss, seed=seed)[0].log["test_accuracy"] for seed in range(2000, 2005)]
@@ -267,15 +267,59 @@ def test_the_default_task_is_the_one_that_the_rule_chose():
     assert chosen.task == "habit" and (chosen.habit, chosen.slip) == min(spread, key=spread.get)
 
 
+@functools.cache
+def main_runs():
+    return results.main_runs(results.read_folder(Path("results")))
+
+
 def test_pasted_output_is_the_committed_runs():
     (pasted,) = [block.splitlines() for block in blocks(README) if block.startswith("step ")]
-    main = results.main_runs(runs())
-    (off_rl,), (fpa,) = results.where(main, loss="off_rl", seed=0), results.where(results.fpa_runs(main), seed=0)
+    (off_rl,), (fpa,) = results.where(main_runs(), loss="off_rl", seed=0), results.where(results.fpa_runs(main_runs()), seed=0)
     rows = [{name: column[i] for name, column in fpa.log.items()} for i in range(len(fpa.log["step"]))]
     lines = [progress_line({**row, "step": int(row["step"])}, 1000, 0) for row in rows]
-    samples = "\n".join(path.read_text() for path in RESULTS.rglob("*.txt"))
-    lines += results.summary([off_rl, fpa]).splitlines() + samples.splitlines()
+    lines += results.summary([off_rl, fpa]).splitlines() + Path("results/samples/fpa.txt").read_text().splitlines()
     assert len(pasted) == 6 and set(pasted) <= set(lines)
+
+
+ASKED = "test_accuracy test_accuracy_0.7 test_accuracy_greedy test_pass@16".split()
+LOGRATIOS = {"": ".1f", "_p5": ".1f", "_below_0": ".2f"}  # of correct rows, and the mean of incorrect ones
+
+
+def test_the_tables_of_the_main_runs_are_those_of_the_logs():
+    """docs/task.md's table, and README.md's, which has its first columns."""
+    methods, rows = results.by_method(main_runs()), []
+    for name, some in {"base model": next(iter(methods.values())), **{results.label(m): r for m, r in methods.items()}}.items():
+        assert [run.config["seed"] for run in some] == [0, 1, 2, 3, 4]
+        base = name == "base model"
+
+        def cell(column, form):
+            mean, half = results.mean_and_interval([run.log[column][0 if base else -1] for run in some])
+            return f"{mean:{form}} ± {half:{form}}"
+
+        formats = {f"logratio_correct{part}": form for part, form in LOGRATIOS.items()} | {"logratio_incorrect": ".1f"}
+        tail = ["0"] * len(formats) if base else [cell(column, form) for column, form in formats.items()]
+        rows.append([name, *[cell(column, ".2f") for column in ASKED], *tail])
+    assert table(Path("docs/task.md"), "| T = 1") == rows
+    assert table(README, "| T = 1") == [row[: 1 + len(ASKED)] for row in rows]
+
+
+def test_what_is_said_of_the_main_runs():
+    methods = results.by_method(main_runs())
+    off_rl, fpa, incorrect, sft = (
+        {name: [column[-1] for column in (run.log[name] for run in some)] for name in some[0].log} for some in methods.values()
+    )
+    base = [run.log[name][0] for run in main_runs() for name in ("test_accuracy_greedy",)]
+    assert max(base) < 0.5  # the most likely answers are mostly wrong
+    for column in ASKED[:3]:
+        assert all(
+            end < start for end, start in zip(off_rl[column], [run.log[column][0] for run in methods[next(iter(methods))]])
+        )
+        means = [statistics.mean(some[column]) for some in (off_rl, fpa, incorrect, sft)]
+        assert means.index(max(means)) == 2 and means.index(min(means)) == 0
+    below = [statistics.mean(some["logratio_correct_below_0"]) for some in (off_rl, fpa)]
+    assert below[0] == pytest.approx(0.7, abs=0.05) and below[1] == pytest.approx(0.2, abs=0.05)
+    tails = [statistics.mean(some["logratio_correct_p5"]) for some in (fpa, incorrect)]
+    assert 0.4 < tails[1] / tails[0] < 0.6 and statistics.mean(sft["test_pass@16"]) > 0.99
 
 
 def test_the_readmes_numbers_are_those_of_the_results():
@@ -287,13 +331,7 @@ def test_the_readmes_numbers_are_those_of_the_results():
         places, sign = len(mean.partition(".")[2]), -1 if word == "below" else 1
         found = [results.mean_and_interval(number.values) for number in claimed()[name]]
         assert (mean, half) in [(f"{sign * m:.{places}f}", f"{h:.{places}f}") for m, h in found], (mean, half, name)
-
-
-def test_the_readmes_other_statements():
-    assert len(claimed()) == 17
-    assert 0.45 < claimed()["C14"][2].values.mean() < 0.55  # half of GRPO's time
-    mean, half = results.mean_and_interval(claimed()["C7"][3].values)
-    assert "KTO" in claimed()["C7"][3].text and abs(mean) < half
+    assert all("lr 2e-05" in number.text and number.supports() for number in claimed()["C10"][:2])  # a forecast there
 
 
 def test_the_findings_numbers_are_those_of_results_md():
@@ -321,7 +359,7 @@ def insert(path, after, mark, text):
 
 RECOGNISED = """
 from study import experiments
-print(sorted(run for runs in experiments.members().values() for run in runs))
+print(sorted(run for cases in experiments.members({}).values() for runs in cases.values() for run in runs))
 """  # a new loss or flag renames no run
 
 
