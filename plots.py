@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from losses import LOSSES
 from plumbing.files import printable_path
 from plumbing.flags import NO_DEFAULT, command, command_line
-from study import drawing, figures
+from study import drawing, figures, page
 from study.drawing import (
     CORRECTNESS,
     LAST_OR_BEST,
@@ -212,7 +212,7 @@ def run(argv=None):
     add(
         "--html",
         action="store_true",
-        help=f"also write report.html, a page to explore; needs plotly, and runs trained with --diagnostics{NO_DEFAULT}",
+        help=f"also write report.html, a page to play with in a browser; needs runs trained with --diagnostics{NO_DEFAULT}",
     )
     args = parser.parse_args(argv)
     to = args.to or args.runs / "figures"
@@ -223,9 +223,7 @@ def run(argv=None):
         print(summary(runs))
         draw_figures(runs, to)
         if args.html:
-            from study import page  # which needs plotly
-
-            page.write_page(runs, to / "report.html")
+            page.write_page(runs, page.judged(runs), to / "report.html")
             print(f"page          {to / 'report.html'}")
 
 
