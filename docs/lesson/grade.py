@@ -1,0 +1,57 @@
+"""Grade a submission of lesson.ipynb: a test an exercise, and the sum of points.
+
+    python -m pytest docs/lesson/grade.py --notebook submission.ipynb
+
+Only the cells that define an exercise's answer are run, in the notebook's order, and nothing is trained. A submission is code:
+grade the ones of strangers where they can do no harm.
+"""
+
+import ast
+import contextlib
+import io
+import math
+
+import nbformat
+import pytest
+import torch
+
+from losses import token_logps
+from study.exercises import EXERCISES, check
+
+VARIABLES = {"find_the_bug": "found"}  # the exercises whose answer is no function
+
+
+def definitions(source):
+    """The statements of a cell that define an exercise's answer, and its imports. A cell that does not parse has none."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # an unfinished cell, or one with a magic command
+        return []
+    names = {VARIABLES.get(name, name) for name in EXERCISES}
+    return [
+        statement
+        for statement in statements
+        if isinstance(statement, ast.FunctionDef | ast.Import | ast.ImportFrom)
+        or (isinstance(statement, ast.Assign) and {target.id for target in statement.targets if hasattr(target, "id")} & names)
+    ]
+
+
+@pytest.fixture(scope="session")
+def answers(request):
+    """{name: what the submission defines}."""
+    found = {"torch": torch, "math": math, "token_logps": token_logps}
+    for cell in nbformat.read(request.config.getoption("--notebook"), 4).cells:
+        for statement in definitions(cell.source) if cell.cell_type == "code" else ():
+            with contextlib.suppress(Exception):  # what is not defined has no points
+                exec(compile(ast.Module([statement], []), "submission", "exec"), found)
+    return found
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_exercise(name, answers, record_property):
+    record_property("points", EXERCISES[name].points)
+    answer, said = answers.get(VARIABLES.get(name, name)), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        right = check(name, answer)
+    if not right:
+        pytest.fail(said.getvalue(), pytrace=False)
