@@ -62,7 +62,7 @@ def whole(few, finished, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     shutil.copytree(finished[0] / "cache", out / "cache")
     train.run([*FULL, "--out", str(out)])
-    assert len(contents(out)) == 9
+    assert len(contents(out)) == 10
     return out
 
 
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_other_data_or_diagnostics_is_not_taken_up(whole, out, m
 def test_a_torn_log_is_repaired(whole, out, monkeypatch):
     killed_before(25, monkeypatch, train, "update", [*FULL, "--out", str(out)])
     (folder,) = folders(out)
-    for name in ("log.csv", "tokens.csv", "entanglement.csv", "extrapolation.csv"):
+    for name in ("log.csv", "tokens.csv", "entanglement.csv", "extrapolation.csv", "batch.csv"):
         os.truncate(folder / name, (folder / name).stat().st_size - 3)
     with pytest.raises(ValueError, match="torn"):
         results.read_csv(folder / "log.csv")
