@@ -73,6 +73,9 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
         encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-        train(AutoModelForCausalLM.from_pretrained(sys.argv[1]), encode, tokenizer.eos_token_id, lr=1e-6)
+        model = AutoModelForCausalLM.from_pretrained(
+            sys.argv[1], use_safetensors=True
+        )  # no pickled weights, which can run code
+        train(model, encode, tokenizer.eos_token_id, lr=1e-6)
     else:
         train(*tiny())
