@@ -19,6 +19,7 @@ class FPATrainer(DPOTrainer):
     lam, target = 2.0, "both"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """FPA's mean over rows, a scalar to minimise (arXiv 2509.19893), of TRL's batch of pairs."""
         ids, mask = inputs["input_ids"], inputs["completion_mask"][:, 1:].bool()  # (B, T), (B, T - 1); correct rows first
 
         def states(policy):  # of the positions that predict a completion token (N, D)

@@ -20,8 +20,9 @@ from study.results import (
     TUNING_SEEDS,
     best_settings,
     by,
-    extrapolated,
     final,
+    forecast,
+    forecasts,
     fpa_runs,
     label,
     main_runs,
@@ -113,23 +114,12 @@ def entanglement(column, index=slice(None)):
     return lambda run: np.mean(run.tables["entanglement"][column][index])
 
 
-def forecasts(run, accepts, column="kl"):
-    """(future's, present's) of a column at t' = (1 + lam) t for the λ of 1 and 2, over the t that are accepted: (2, …)."""
-    pairs = extrapolated(run, column).items()
-    return np.array([pair for (t, later, lam), pair in pairs if lam in (1, 2) and later == (1 + lam) * t and accepts(t)]).T
-
-
 def early(t):
     return t <= 40
 
 
 def late(t):
     return 80 <= t <= 320
-
-
-def forecast(accepts, column="kl"):
-    """The future policy's distance over the present one's, geometric mean."""
-    return lambda run: np.exp(np.mean(np.log(np.divide(*forecasts(run, accepts, column)))))
 
 
 def compared(runs):

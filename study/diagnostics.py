@@ -36,6 +36,12 @@ def coefficients(model, rollouts, pairs, run, add_logps):
     return objective(b, run)[1].view(2, -1).T
 
 
+def gradient(scalar, model):
+    """A scalar's gradient by all of the model's parameters, flat. The graph is kept for the next one."""
+    parts = torch.autograd.grad(scalar, model.parameters(), retain_graph=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
 def batch_gradients(model, rollouts, pairs, run, add_logps):
     """A row of batch.csv: as `net` of `entanglement`, of one batch of pairs (P, 2) instead of a mean over pairs.
 
@@ -43,15 +49,12 @@ def batch_gradients(model, rollouts, pairs, run, add_logps):
     along their parts of -grad loss, in nats per unit of learning rate. The coefficients C |y| are means over rows.
     """
     weights = coefficients(model, rollouts, pairs, run, add_logps).T  # (2, P)
-    gradients = []
-    for rows, some in zip(pairs.T, weights):
-        b = rollouts[rows]
-        logp_sum = token_logps(model(b.inputs, b.start), b.tokens, b.mask).sum(-1)
-        for scalar in (logp_sum.mean(), (some * logp_sum).sum() / pairs.numel()):
-            parts = torch.autograd.grad(scalar, model.parameters(), retain_graph=True)
-            gradients.append(torch.cat([part.flatten() for part in parts]))
-    mean_correct, correct, _, incorrect = gradients
-    up, down = (mean_correct @ part for part in (correct, incorrect))
+    batches = [rollouts[rows] for rows in pairs.T]
+    correct, incorrect = (token_logps(model(b.inputs, b.start), b.tokens, b.mask).sum(-1) for b in batches)
+    mean = gradient(correct.mean(), model)
+    up, down = (
+        mean @ gradient((some * logp_sum).sum() / pairs.numel(), model) for some, logp_sum in zip(weights, (correct, incorrect))
+    )
     lengths = rollouts.length[pairs.T]
     of_correct, of_incorrect = (weights * lengths).mean(1).tolist()
     return {"up": up.item(), "down": down.item(), "coefficient_correct": of_correct, "coefficient_incorrect": of_incorrect}
@@ -79,7 +82,7 @@ def entanglement(model, rollouts, pairs, run, add_logps):
         for row in pair.split(1):
             b = rollouts[row]
             logp_sum = token_logps(model(b.inputs, b.start), b.tokens, b.mask).sum()
-            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(logp_sum, model.parameters())]))
+            gradients.append(gradient(logp_sum, model))
         correct, incorrect = gradients
         products.append(torch.stack([correct @ correct, incorrect @ incorrect, correct @ incorrect]))
     a, b, g = torch.stack(products).T  # (P,) each

@@ -22,6 +22,7 @@ from study.tables import gather, held, identity, run_names
 FIVE, PILOT = range(5), range(2000, 2005)
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)  # of the grids, which tune one number alone
 GRID_SEEDS = (1000, 1001)
+TWO = ("off_rl", "fpa")
 LAMBDAS = {0: "--loss off_rl", **{lam: f"--loss fpa --lam {lam}" for lam in (0.5, 1, 2, 5, 10)}}
 CASES = {  # {grid: {case: its flags}}; each case is then run at its own best rate
     "lambda": {f"λ = {lam}": flags for lam, flags in LAMBDAS.items()},
@@ -47,32 +48,28 @@ def pilot(runs):
 
 def main(runs):
     """The figures of README.md and docs/task.md."""
-    cases = {"off_rl and fpa": "--diagnostics", "incorrect": "--loss fpa --target incorrect", "sft": "--loss sft"}
-    return cases
+    return {"off_rl and fpa": "--diagnostics", "incorrect": "--loss fpa --target incorrect", "sft": "--loss sft"}
 
 
-def final(runs, more=""):
-    """Every family at the setting that its tuning chose."""
-    found = {name: tune.search(name, tune.scores(name, runs)).chosen for name in tune.FAMILIES}
-    return {
-        name: f"{tune.words(name, chosen)} --skip-nonfinite 1000{' --diagnostics' if name in ('fpa', 'off_rl') else ''}{more}"
-        for name, chosen in found.items()
-        if chosen
-    }
+def tuned(runs, more="", families=tune.FAMILIES):
+    """Families at the settings that their tuning chose, with more flags."""
+    found = {name: tune.search(name, tune.scores(name, runs)).chosen for name in families}
+    return {name: f"{tune.words(name, chosen)} --skip-nonfinite 1000{more}" for name, chosen in found.items() if chosen}
+
+
+def final(runs):
+    """Every family; Off-RL and FPA with their diagnostics."""
+    return {**tuned(runs), **tuned(runs, " --diagnostics", TWO)}
 
 
 def slips(runs):
     """The same settings on the second task."""
-    return final(runs, " --task slips")
+    return tuned(runs, " --task slips")
 
 
 def prolonged(runs):
-    """Off-RL and FPA at their own settings, four times as long."""
-    return {
-        name: f"{flags} --steps 4000".replace(" --diagnostics", "")
-        for name, flags in final(runs).items()
-        if name in ("fpa", "off_rl")
-    }
+    """Off-RL and FPA, four times as long."""
+    return tuned(runs, " --steps 4000", TWO)
 
 
 def rates(runs):
@@ -86,16 +83,21 @@ def extrapolation(runs):
     return {**cases, "off_rl, 0.0002": "--loss off_rl --lr 2e-4 --diagnostics"}
 
 
+def on_grid(flags, lr):
+    """The flags of a case at a rate of the grid, evaluated at the ends alone."""
+    return f"{flags} --lr {lr:g} --eval-every 5000"
+
+
 def grid(name, runs):
     """Every case at every rate."""
-    return {f"{case}, {lr:g}": f"{flags} --lr {lr:g} --eval-every 5000" for case, flags in CASES[name].items() for lr in RATES}
+    return {f"{case}, {lr:g}": on_grid(flags, lr) for case, flags in CASES[name].items() for lr in RATES}
 
 
 def best_rates(name, runs):
     """{case: the rate with the best mean over the grid's seeds, by pass@1 at temperature 0.7 on validation problems}."""
     chosen = {}
     for case, flags in CASES[name].items():
-        scores = {lr: score(f"{flags} --lr {lr:g} --eval-every 5000", runs) for lr in RATES}
+        scores = {lr: score(on_grid(flags, lr), runs) for lr in RATES}
         if None not in scores.values():
             chosen[case] = max(scores, key=scores.get)
     return chosen

@@ -28,6 +28,7 @@ from study.drawing import (
     plt,
 )
 from study.results import (
+    METRIC,
     Run,
     by,
     by_method,
@@ -45,7 +46,6 @@ from study.results import (
 )  # fmt: skip
 from toy_math.tokenizer import ALPHABET
 
-METRIC = "test_accuracy_0.7"
 ONLINE_OR_NOT = (("off_rl", False), ("fpa", True), ("grpo", False))
 MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast")  # and no intervals
 

@@ -14,15 +14,14 @@ Left out: accuracy on test problems, which are not for choosing a brake by.
 
 import math
 import sys
-from unittest import mock
 
 import torch
 
 import train
-from plumbing import flags, jobs
+from plumbing import flags
 from plumbing.files import UserError, digest, one_line, printable_path
-from study import lesson
-from study.results import by_method, is_finished, label, mean_and_interval, read_runs
+from study import changed, lesson
+from study.results import by_method, label, mean_and_interval, read_runs
 
 SEEDS = range(5)  # the stored runs'
 TO_BEAT = {"loss": "fpa", "lam": 2.0, "target": "both"}
@@ -67,8 +66,7 @@ def braked(brake):
 
 def train_one(args, name, settings):
     """train.py's, with the brake that the settings hold. For a process of its own."""
-    with mock.patch.object(train, "objective", braked(load(settings["brake"], name))):
-        train.train_one(args, name, settings)
+    changed.train_one(args, name, settings, {"objective": braked(load(settings["brake"], name))})
 
 
 def settings_of(args, path):
@@ -87,12 +85,7 @@ def settings_of(args, path):
 def train_all(args, runs):
     """Train those of the runs that are not finished; [Run] of all. Raises UserError, NonFiniteError, Interrupted."""
     lesson.ship(args.out)
-    todo = {name: one for name, one in runs.items() if args.force or not is_finished(args.out / name)}
-    if todo:
-        stages = {f"seed {one['seed']}": (args, one["seed"], todo) for one in todo.values()}
-        tasks = {args.out / name: (f"seed {one['seed']}", (args, name, one)) for name, one in todo.items()}
-        count = min(args.jobs or torch.get_num_threads(), len(tasks))
-        jobs.side_by_side(count, train.cache_stages, stages, train_one, tasks, after=lambda folder: None)
+    changed.train_all(args, runs, train_one)
     return read_runs([args.out / name for name in runs])
 
 

@@ -165,8 +165,7 @@ def pushes(policy, b, others):
     logp_sum = token_logps(policy(b.inputs, b.start), b.tokens, b.mask).sum(-1)
     parts = losses.off_rl(logp_sum, b.length, b.reward)[0] / len(b.reward)
     scalars = value, -parts[b.reward > 0].sum(), parts[b.reward < 0].sum()
-    gradients = [torch.autograd.grad(scalar, policy.parameters(), retain_graph=True) for scalar in scalars]
-    mean, up, down = (torch.cat([part.flatten() for part in some]) for some in gradients)
+    mean, up, down = (diagnostics.gradient(scalar, policy) for scalar in scalars)
     return value.item(), (mean @ up).item(), (mean @ down).item()
 
 

@@ -271,6 +271,7 @@ def by_method(runs):
 # Of the runs that chose settings (1000 to 1004) and the default task (2000 to 2004); no other number comes from these seeds.
 TUNING_SEEDS = (*range(1000, 1005), *range(2000, 2005))
 SEEDS = range(3000, 3008)  # of the claims' runs, and of nothing else
+METRIC = "test_accuracy_0.7"  # the primary one of docs/protocol.md
 
 
 def reported(runs):
@@ -390,3 +391,14 @@ def extrapolated(run, column="kl"):
     rows = list(zip(table["t"].astype(int).tolist(), table["later"].astype(int).tolist(), table["lam"].tolist(), table[column]))
     present = {(t, later): value for t, later, lam, value in rows if lam == 0}
     return {(t, later, lam): (value, present[t, later]) for t, later, lam, value in rows if lam}
+
+
+def forecasts(run, accepts, column="kl"):
+    """(future's, present's) of a column at t' = (1 + lam) t for the λ of 1 and 2, over the t that are accepted: (2, …)."""
+    pairs = extrapolated(run, column).items()
+    return np.array([pair for (t, later, lam), pair in pairs if lam in (1, 2) and later == (1 + lam) * t and accepts(t)]).T
+
+
+def forecast(accepts, column="kl"):
+    """The future policy's distance over the present one's, geometric mean: a function of a run."""
+    return lambda run: np.exp(np.mean(np.log(np.divide(*forecasts(run, accepts, column)))))

@@ -7,18 +7,14 @@ FPA at λ = 2 as it is, and with its weights C |y| divided by their mean in each
 does not. AdamW has the rate that the grid of λ = 2 chose. SGD, without clipping, has the best of RATES for FPA as it is.
 """
 
-import contextlib
 import sys
-from unittest import mock
 
 import torch
 
 import train
 from losses import objective
-from plumbing import jobs
-from plumbing.files import digest
-from study import experiments
-from study.results import SEEDS, is_finished
+from study import changed, experiments
+from study.results import SEEDS
 from study.tables import gather, held, identity, run_names
 from study.tune import final
 
@@ -48,33 +44,26 @@ def train_one(args, name, settings):
     """train.py's, with the changes that the settings name. For a process of its own."""
     changes = {"objective": rescaled} if "scale" in settings else {}
     changes |= {"adamw": torch.optim.SGD, "update": unclipped} if "optimizer" in settings else {}
-    with contextlib.ExitStack() as patches:
-        for changed, function in changes.items():
-            patches.enter_context(mock.patch.object(train, changed, function))
-        train.train_one(args, name, settings)
+    changed.train_one(args, name, settings, changes)
 
 
 # --- the runs
 
 
 def settings_of(flags, seeds, **more):
-    """{folder name: settings} of some flags and seeds, and of what train.py has no flag for."""
-    runs = train.run_settings(experiments.command_of(flags, seeds))
-    if not more:
-        return runs
-    runs = [{**settings, **more} for settings in runs.values()]
-    return {"-".join(["fpa", *more.values(), f"seed{settings['seed']}", digest(settings)]): settings for settings in runs}
+    """The settings of some flags and seeds, with what train.py has no flag for."""
+    return [{**settings, **more} for settings in train.run_settings(experiments.command_of(flags, seeds)).values()]
 
 
 def grid(lr):
     """The runs that choose SGD's rate."""
-    return settings_of(f"--loss fpa --lam 2 --lr {lr:g} --eval-every 5000", experiments.GRID_SEEDS, optimizer="sgd")
+    return settings_of(experiments.on_grid("--loss fpa --lam 2", lr), experiments.GRID_SEEDS, optimizer="sgd")
 
 
 def members(runs):
     """{case: {id: settings}}, of SGD and AdamW once their rates are chosen."""
     cases = {f"SGD, {lr:g}": grid(lr) for lr in RATES}
-    scores = {lr: [final(runs[run]) for run in map(identity, grid(lr).values()) if run in runs] for lr in RATES}
+    scores = {lr: [final(runs[run]) for run in map(identity, grid(lr)) if run in runs] for lr in RATES}
     if all(len(some) == len(experiments.GRID_SEEDS) for some in scores.values()):
         flags = f"--loss fpa --lam 2 --lr {max(scores, key=lambda lr: sum(scores[lr])):g}"
         cases["SGD"] = settings_of(flags, SEEDS, optimizer="sgd")
@@ -82,7 +71,7 @@ def members(runs):
     if flags := experiments.at_best("lambda", runs).get(CASE):
         cases["AdamW"] = settings_of(flags, SEEDS)
         cases["AdamW, mean 1"] = settings_of(flags, SEEDS, scale="mean1")
-    return {case: {identity(settings): settings for settings in some.values()} for case, some in cases.items()}
+    return {case: {identity(settings): settings for settings in some} for case, some in cases.items()}
 
 
 def run_scale(name, args):
@@ -94,13 +83,7 @@ def run_scale(name, args):
         if not lacking:
             return print(f"all of its {sum(map(len, cases.values()))} runs are in {args.to}")
         command = experiments.command_of("--loss fpa", sorted({s["seed"] for s in lacking}), args.out, args.jobs)
-        command.jobs = args.jobs or torch.get_num_threads()
-        names = {f"fpa-{identity(settings)}": settings for settings in lacking}
-        todo = {name: settings for name, settings in names.items() if not is_finished(args.out / name)}
-        (args.out / "cache").mkdir(parents=True, exist_ok=True)
-        stages = {f"seed {seed}": (command, seed, todo) for seed in sorted({s["seed"] for s in todo.values()})}
-        tasks = {args.out / name: (f"seed {s['seed']}", (command, name, s)) for name, s in todo.items()}
-        jobs.side_by_side(command.jobs, train.cache_stages, stages, train_one, tasks, after=lambda folder: None)
+        changed.train_all(command, {f"fpa-{identity(settings)}": settings for settings in lacking}, train_one)
         gather(args.out, args.to, {"scale": [run for some in cases.values() for run in some]})
 
 

@@ -18,21 +18,19 @@ from plumbing.files import printable_path, write_text
 from plumbing.flags import command, command_line
 from study import rule, scale, tune
 from study.experiments import CASES, LAMBDAS, RATES, best_rates, members
-from study.results import extrapolated, mean_and_interval
+from study.results import METRIC, forecast, mean_and_interval
 from study.rule import Claim, Measured, holm, verdicts
 from study.tables import held
 from study.tune import FAMILIES
 
-METRIC = "test_accuracy_0.7"
 TARGET = 0.7  # of C14b: pass@1 at temperature 0.7 on validation problems
 
 
 # --- the runs, and numbers of them
 
 
-def study(folder):
-    """{(experiment, case): {seed: Run}} of what a folder of tables holds."""
-    runs, _ = held(folder)
+def study(runs):
+    """{(experiment, case): {seed: Run}} of the runs {id: Run} of a folder of tables."""
     return {
         (name, case): {settings["seed"]: runs[run] for run, settings in ids.items() if run in runs}
         for name, cases in {**members(runs), "scale": scale.members(runs)}.items()
@@ -79,18 +77,6 @@ def braked(run):
     return table["step"][below][0] if below.any() else run.config["steps"]
 
 
-def forecast(first, end, column="kl"):
-    """The future policy's distance from the policy of step t' = (1 + λ) t, over the present's: geometric mean over λ of 1 and 2
-    and over t from `first` to `end`."""
-
-    def of(run):
-        pairs = extrapolated(run, column).items()
-        chosen = [a / b for (t, later, lam), (a, b) in pairs if lam in (1, 2) and later == (1 + lam) * t and first <= t <= end]
-        return np.exp(np.mean(np.log(chosen)))
-
-    return of
-
-
 def straight(later):
     """R² of linear drift up to a step."""
 
@@ -107,9 +93,9 @@ def reached(run, column):
     return run.log[column][good.argmax() if good.any() else -1]
 
 
-def at_tokens(sampled):
+def at_tokens(run, sampled):
     """Pass@1 at temperature 0.7 on validation problems at the last evaluation before that many tokens were sampled."""
-    return lambda run: run.log["accuracy_0.7"][run.log["tokens_sampled"] <= sampled][-1]
+    return run.log["accuracy_0.7"][run.log["tokens_sampled"] <= sampled][-1]
 
 
 # --- the claims
@@ -130,6 +116,7 @@ class Runs:
 
 
 def about_the_mechanism(runs):
+    """N1 to N3, C10, N5: what pulls correct rows down, and what brakes."""
     off_rl, fpa = runs("final", "off_rl"), runs("final", "fpa")
     plain = runs("extrapolation", "off_rl, 0.0002")
     yield "N1", "an Off-RL step lowers its correct rows", [
@@ -155,7 +142,8 @@ def about_the_mechanism(runs):
     ], "final"  # fmt: skip
     yield "C10", "the extrapolation forecasts", [
         *[Measured(f"KL of π̂ from the policy of step (1 + λ) t, λ of 1 and 2, over the present policy's, lr {lr}, t from "
-                   f"{first} to {end}", each(runs("extrapolation", lr), forecast(first, end)), "<", 1, ratio=True)
+                   f"{first} to {end}",
+                   each(runs("extrapolation", lr), forecast(lambda t: first <= t <= end)), "<", 1, ratio=True)
           for lr in ("2e-05", "0.0002") for first, end in ((10, 40), (80, 320))],
         *[Measured(f"R² of linear drift to step {step}, lr {lr}", each(runs("extrapolation", lr), straight(step)))
           for lr in ("2e-05", "0.0002") for step in (80, 960)],
@@ -169,6 +157,7 @@ def about_the_mechanism(runs):
 
 
 def about_stability(runs):
+    """C6: prolonged training."""
     long = {name: runs("prolonged", name) for name in ("fpa", "off_rl")}
     yield "C6", "FPA is stable in prolonged training, Off-RL is not", [
         Measured("fall from the peak on validation problems over 4,000 steps, FPA − Off-RL",
@@ -178,6 +167,7 @@ def about_stability(runs):
 
 
 def about_others(runs):
+    """C7, C11, C12, C15: FPA beside its neighbours and its controls."""
     yield "C7", "FPA beats its neighbours, all tuned alike", [
         runs.accuracy(f"FPA − {LOSSES[loss].label}", "fpa", loss) for loss in ("off_rl", "simper", "dpo", "rpo", "kto")
     ], "final"  # fmt: skip
@@ -196,6 +186,7 @@ def about_others(runs):
 
 
 def about_its_parts(runs):
+    """C8, C9: λ, and the rows that FPA's coefficient is used on."""
     yield "C8", "the middle of λ is best, each at its own learning rate", [
         *[runs.accuracy(f"λ = 2 − λ = {end}", "λ = 2", f"λ = {end}", experiment="lambda") for end in (0, 10)],
         *[Measured(f"accuracy at λ = {lam}", each(runs("lambda", f"λ = {lam}"), metric)) for lam in LAMBDAS],
@@ -210,10 +201,12 @@ def about_its_parts(runs):
 
 
 def about_data(runs, chosen):
+    """C14, C16, C17, N4: samples, incorrect rows, the number of prompts, diversity."""
     fpa, grpo, sft = (runs("final", name) for name in ("fpa", "grpo", "sft"))
-    sampled = {seed: run.log["tokens_sampled"][-1] for seed, run in fpa.items()}
     equal = [
-        run.log["accuracy_0.7"][-1] - at_tokens(sampled[seed])(grpo[seed]) for seed, run in sorted(fpa.items()) if seed in grpo
+        run.log["accuracy_0.7"][-1] - at_tokens(grpo[seed], run.log["tokens_sampled"][-1])
+        for seed, run in sorted(fpa.items())
+        if seed in grpo
     ]
     yield "C14a", "FPA needs fewer samples than GRPO", [
         Measured("accuracy on validation problems at as many sampled tokens, FPA − GRPO", np.array(equal), ">"),
@@ -313,8 +306,8 @@ def families_table(runs, experiment):
 
 def results(folder):
     """results.md of a folder of tables."""
-    runs = study(folder)
     held_runs, _ = held(folder)
+    runs = study(held_runs)
     searches = {name: tune.search(name, tune.scores(name, held_runs)) for name in FAMILIES}
     found = claims(runs, {name: some.score for name, some in searches.items() if some.chosen})
     text, rows = rule.__doc__.partition("\n\n")[2].strip(), []
