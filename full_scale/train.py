@@ -1,16 +1,19 @@
 """Offline RL of a published checkpoint on rollouts, by the toy's losses: on one GPU, or on several behind torchrun.
 
     python -m full_scale.train --init Qwen/Qwen2.5-Math-1.5B --data rollouts.jsonl --loss fpa --lam 2
+    python -m full_scale.train --init Qwen/Qwen2.5-Math-1.5B --data rollouts.jsonl --loss off_rl fpa --lr 1e-6 1e-5 --seed 0 1 2
     torchrun --nproc-per-node 8 -m full_scale.train --init Qwen/Qwen2.5-Math-7B --data rollouts.jsonl
 
-FSDP2 shards weights, gradients and optimizer over the GPUs, all of them in fp32. The reference policy costs no second model
-(reference.py), and no (B, T, V) tensor exists (chunked.py). log.csv has the toy's columns; full_scale/evaluate.py measures
-the accuracies. Left out: losses that sample at every step, and packing of several rows into one sequence.
+Several values of a flag are as many runs, one after another. FSDP2 shards weights, gradients and optimizer over the GPUs, all
+of them in fp32. The reference policy costs no second model and one pass for all runs (reference.py), and no (B, T, V) tensor
+exists (chunked.py). log.csv has the toy's columns; exam.py measures the accuracies where --eval-problems is given. Left out:
+losses that sample at every step, and packing of several rows into one sequence.
 """
 
 import argparse
 import contextlib
-import hashlib
+import gc
+import itertools
 import math
 import os
 import shutil
@@ -43,6 +46,7 @@ from plumbing.flags import (
     check_rows,
     command_line,
     count,
+    count_up_to,
     learning_rate,
     method_words,
     methods,
@@ -50,13 +54,15 @@ from plumbing.flags import (
     reinterpreted,
 )
 from plumbing.keeper import Keeper, adamw, interruptible, warmup_cosine
-from plumbing.log import FORMAT, environment
+from plumbing.log import FORMAT, PERCENTILES, environment
 
 from .data import batch_of, first_date, micro_batches, pack, read_data
+from .exam import MOST_SAMPLES, Exam
 from .load_hf import ChatTokenizer, checkpoint_key, fetch, save_pretrained
 from .log import Log, Steps
 from .policy import build, completion_hidden, head_of, logp_sums
 from .processes import agreed, is_first, say, start_processes, stopped, summed, summed_by_name
+from .published import checkpoint_name
 from .reference import Reference, future_lam
 from .store import ShardedStore
 
@@ -131,77 +137,121 @@ def add_to(sums, **numbers):
 
 @torch.no_grad()
 def monitor(model, data, reference, rows, run, size):
-    """The toy's log-ratio and probability columns: means over the monitored correct and incorrect rows."""
-    sums, groups = {}, ("correct", "incorrect")
+    """The toy's log-ratio and probability columns, over the monitored correct and incorrect rows."""
+    names = ("logratio", "pi", "pihat")
+    values = torch.zeros(1 + len(names), len(data.reward), device=reference.device)  # how often a row came, and sums over these
     for some in micro_batches(data, rows, size):
         b = batch_of(data, some, reference.device)
         logp_sum, future_logp_sum = score(model, data, reference, some, future_lam(run))
         ratio = logp_sum - reference.logp_sum[some].to(reference.device)
-        values = {"logratio": ratio, "pi": (logp_sum / b.length).exp(), "pihat": (future_logp_sum / b.length).exp()}
-        for group, members in zip(groups, (b.reward > 0, b.reward < 0)):
-            add_to(sums, **{f"{name}_{group}": value[members].sum() for name, value in values.items()})
-            add_to(sums, **{f"rows_{group}": members.sum()})
+        measured = [torch.ones_like(ratio), ratio, (logp_sum / b.length).exp(), (future_logp_sum / b.length).exp()]
+        values.index_add_(1, some.to(reference.device), torch.stack(measured))
     model.reshard()
-    sums = summed_by_name(sums)
-    names = [(f"{name}_{group}", f"rows_{group}") for group in groups for name in ("logratio", "pi", "pihat")]
-    return {name: (sums[name] / sums[rows]).item() for name, rows in names}
+    counts, *values = summed(values).cpu()
+    columns = {}
+    for kind, members in {"correct": data.reward > 0, "incorrect": data.reward < 0}.items():
+        chosen = members & (counts > 0)
+        own = {name: (value / counts)[chosen] for name, value in zip(names, values)}
+        columns |= {f"{name}_{kind}": value.mean().item() for name, value in own.items()}
+        quantiles = own["logratio"].quantile(torch.tensor(PERCENTILES) / 100).tolist()
+        columns |= {f"logratio_{kind}_p{percent}": value for percent, value in zip(PERCENTILES, quantiles)}
+        columns[f"logratio_{kind}_below_0"] = (own["logratio"] < 0).float().mean().item()
+    return columns
 
 
 # --- one run
 
 
-def settings_of(args, method, data, folder):
-    """The run's config.json but for what is measured. It names checkpoint and data by content."""
-    tokens = [*data.tokens, data.prompt_length, data.reward]
-    content = hashlib.sha256(b"".join(values.numpy().tobytes() for values in tokens)).hexdigest()[:16]
-    problems = len(data.problem_ids.unique())
-    settings = {"format": FORMAT, "init": args.init, "checkpoint": agreed(checkpoint_key(folder)), "data": content}
-    settings |= {"prompts": problems, "rows": len(data.reward), "rollouts": round(len(data.reward) / problems)}
-    names = ("steps", "batch_size", "eval_every", "lr", "warmup", "max_length", "precision", "seed")
-    return settings | {name: getattr(args, name) for name in names} | method
+def run_settings(args, data, folder, exam):
+    """{a run's name: its config.json but for what is measured}. Checkpoint and data are named by content, not by place."""
+    name, prompts = checkpoint_name(args.init), data.prompt_length
+    problems = sorted({tuple(ids[:start].tolist()) for ids, start in zip(data.tokens, prompts.tolist())})
+    shared = {"format": FORMAT, "init": name, "checkpoint": agreed(checkpoint_key(folder)), "problems": digest(problems)}
+    shared |= {"prompts": len(problems), "rows": len(data.reward), "rollouts": round(len(data.reward) / len(problems))}
+    names = ("steps", "batch_size", "eval_every", "warmup", "max_length", "precision")
+    shared |= {"monitored": MONITORED, **{name: getattr(args, name) for name in names}, **(exam.settings if exam else {})}
+    runs = {}
+    for method, lr, seed in itertools.product(methods(args, LOSSES, HYPERPARAMETERS), args.lr, args.seed):
+        settings = {**shared, "lr": lr, "seed": seed, **method}
+        words = [Path(name).name, *method_words(method, HYPERPARAMETERS), f"steps{args.steps}", f"lr{lr:g}", f"seed{seed}"]
+        runs["-".join([*words, digest([settings, data.key])])] = settings
+    return runs
 
 
 def train(args, mesh):
-    """The command. Raises UserError, and what `fit` raises."""
+    """The command: every run that is not finished. Raises UserError, and what `fit` raises.
+
+    A loss that is not finite ends its run and no other; it is raised last.
+    """
     for line in reinterpreted(args, LOSSES, HYPERPARAMETERS):
         say(line)
     folder = agreed(fetch(args.init)) if is_first() else agreed(None)
-    (method,) = methods(args, LOSSES, HYPERPARAMETERS)
     tokenizer = ChatTokenizer(folder)
     tokenizer.use_template({}, agreed(first_date(tokenizer, args.out) if is_first() else None))
-    data = read_data(args, tokenizer, mismatched="z0" in LOSSES[method["loss"]].inputs)
-    settings = settings_of(args, method, data, folder)
-    words = [Path(args.init).name, *method_words(method, HYPERPARAMETERS)]
-    words += [f"steps{args.steps}", f"lr{args.lr:g}", f"seed{args.seed}"]
-    run_folder = args.out / "-".join([*words, digest(settings)])
-    if agreed((run_folder / "model" / "config.json").exists()):
-        say(f"already finished: {run_folder}")
-        shutil.rmtree(run_folder / "checkpoint", ignore_errors=True)  # left by an end just after the result was written
-        return
+    data = read_data(args, tokenizer, mismatched=any("z0" in LOSSES[name].inputs for name in args.loss))
+    exam = Exam(args, folder, data) if args.eval_problems else None
+    runs = run_settings(args, data, folder, exam)
+    finished = agreed([name for name in runs if is_finished(args.out / name, args)])
+    for name in finished:
+        say(f"already finished: {args.out / name}")
+        shutil.rmtree(args.out / name / "checkpoint", ignore_errors=True)  # left by an end just after the result was written
+    todo = {name: SimpleNamespace(**settings) for name, settings in runs.items() if name not in finished}
+    for run in todo.values():
+        rows_of(run, data)  # which refuses what has no pairs, before anything is trained
+    with contextlib.ExitStack() as locks:
+        for name in todo if is_first() else ():
+            locks.enter_context(locked(args.out / "cache" / f"{name}.lock", args.out / name))
+        train_all(args, todo, data, folder, exam, mesh)
 
-    lock = locked(args.out / "cache" / f"{run_folder.name}.lock", run_folder)
-    with lock if is_first() else contextlib.nullcontext():
-        fit(args, SimpleNamespace(**method), settings, data, folder, run_folder, mesh)
+
+def is_finished(run_folder, args):
+    """Whether a run's last file is there: its model, or, without --save-model, its whole log."""
+    log, whole = run_folder / "log.csv", (run_folder / "model" / "config.json").exists()
+    if whole or args.save_model or not log.exists():
+        return whole
+    return log.read_text().splitlines()[-1].startswith(f"{args.steps},")
 
 
-def fit(args, run, settings, data, folder, run_folder, mesh):
-    """Train the checkpoint in `folder`, from the run's own last one where it was interrupted, and write the result.
+def train_all(args, todo, data, folder, exam, mesh):
+    """Train the runs of `todo`, {name: settings}, one after another, beside one reference. Raises what `fit` raises."""
+    reference, error = None, None
+    for name, run in todo.items():
+        model = build(args, folder, mesh)
+        if reference is None:
+            reference = Reference(args, todo.values(), model, data, f"{run.checkpoint} {data.key}", mesh)
+        try:
+            fit(args, run, data, reference, model, args.out / name, exam)
+        except NonFiniteError as found:
+            say(f"failed: {args.out / name}: {found}")
+            error = error or found
+        del model
+        gc.collect()  # a sharded model refers to itself, and the next one needs its memory
+    if error:
+        raise error
+
+
+def rows_of(run, data):
+    """Each step's rows and their problem ids. Raises UserError."""
+    return draw_order(run, data.reward, data.problem_ids, 0, pairs=LOSSES[run.loss].pairs, online=False)
+
+
+def fit(args, run, data, reference, model, run_folder, exam):
+    """Train a model, which is the checkpoint, or go on where its run was interrupted, and write the result.
 
     Raises UserError, NonFiniteError, and Interrupted once a checkpoint of the last step is saved.
     """
-    order, ids = draw_order(args, data.reward, data.problem_ids, 0, pairs=LOSSES[run.loss].pairs, online=False)
+    order, ids = rows_of(run, data)
     at_once = args.micro_batch * dist.get_world_size()
-    monitored = batch_order(data.reward, 1, math.ceil(2 * MONITORED / at_once) * at_once, args.seed)[0]
-    model = build(args, folder, mesh)
-    reference = Reference(args, run, model, data, f"{settings['checkpoint']} {settings['data']}", mesh)
-    optimizer = adamw(model.parameters(), args.lr)
+    monitored = batch_order(data.reward, 1, math.ceil(2 * MONITORED / at_once) * at_once, run.seed)[0]
+    optimizer = adamw(model.parameters(), run.lr)
     run_folder.mkdir(parents=True, exist_ok=True)
     say(f"training      {run_folder}")
     if is_first():
-        write_config(run_folder, settings, data, reference)
+        write_config(run_folder, vars(run), data, reference)
 
     def measure(step, model):
-        return monitor(model, data, reference, monitored, run, args.micro_batch)
+        columns = monitor(model, data, reference, monitored, run, args.micro_batch)
+        return columns | (exam(step, model, run, reference.device) if exam else {})
 
     steps = Steps("", args.skip_nonfinite, ids, f"; the last checkpoint, if there was one, is kept in {run_folder}")
     log = Log(run_folder, measure, args.steps, args.eval_every, steps, sampled=int(data.length.sum()))
@@ -213,20 +263,21 @@ def fit(args, run, settings, data, folder, run_folder, mesh):
             log.look(step, model)
             with log.timed():
                 for group in optimizer.param_groups:
-                    group["lr"] = args.lr * warmup_cosine(step, args.warmup, args.steps)
+                    group["lr"] = run.lr * warmup_cosine(step, args.warmup, args.steps)
                 numbers = training_step(model, optimizer, data, reference, order[step], run, args.micro_batch)
             log.add(**numbers)
         if keeper.first < args.steps:  # so that a failure to write the result costs no step
             store.save({"step": args.steps, "log": log.state()})
         log.look(args.steps, model)
-        save_pretrained(model, run_folder / "model", torch.bfloat16 if args.precision == "bf16" else torch.float32)
-        say(f"checkpoint    {run_folder / 'model'}")
+        if args.save_model:
+            save_pretrained(model, run_folder / "model", torch.bfloat16 if args.precision == "bf16" else torch.float32)
+            say(f"checkpoint    {run_folder / 'model'}")
 
 
 def write_config(run_folder, settings, data, reference):
     """config.json: the settings, what is measured, and the machine."""
     share, seconds = (data.reward > 0).float().mean().item(), reference.seconds.item()
-    measured = {"sampling_seconds": None, "reference_seconds": seconds, "share_correct": share}
+    measured = {"data": data.key, "sampling_seconds": None, "reference_seconds": seconds, "share_correct": share}
     machine = {**environment(reference.device), "processes": dist.get_world_size()}
     write_json(run_folder / "config.json", {**settings, "measured": measured, "environment": machine})
 
@@ -237,28 +288,35 @@ def write_config(run_folder, settings, data, reference):
 def add_flags(parser):
     """All flags but the method's."""
     add = parser.add_argument_group("checkpoint and data").add_argument
-    add("--init", required=True, metavar="NAME", help="hub name or folder of the checkpoint, which is the "
-        f"reference policy too{NO_DEFAULT}")  # fmt: skip
+    add("--init", required=True, metavar="NAME", help="hub name, folder or .gguf file of the checkpoint, or a Python package "
+        f"that holds one .gguf file; it is the reference policy too{NO_DEFAULT}")  # fmt: skip
     add("--data", required=True, type=printable_path, metavar="FILE", help="rollouts of it, JSON lines: prompt, completion, "
         f"label, or prompt, chosen, rejected{NO_DEFAULT}")  # fmt: skip
     add("--max-length", default=2560, type=count, metavar="N", help="tokens; a longer row is a bad line")
     add("--skip-bad-lines", action="store_true", help="go on without the rollouts' bad lines")
     add = parser.add_argument_group("training").add_argument
     add("--steps", default=500, type=count, metavar="N", help="optimizer steps")
-    add("--lr", default=1e-6, type=learning_rate, metavar="X", help="AdamW's highest learning rate")
+    add("--lr", nargs="+", default=[1e-6], type=learning_rate, metavar="X", help="AdamW's highest learning rate")
     add("--warmup", default=10, type=natural, metavar="N", help="steps of linear warm-up, before a cosine to 0")
     add("--batch-size", default=64, type=count, metavar="N", help="rows a step over all GPUs, half of them correct")
     add("--micro-batch", default=2, type=count, metavar="N", help="rows that a GPU takes at once; gradients accumulate")
-    add("--seed", default=0, type=natural, metavar="N", help="of the order of the rows")
+    add("--seed", nargs="+", default=[0], type=natural, metavar="N", help="of the order of the rows")
     add("--skip-nonfinite", default=0, type=natural, metavar="N", help="leave out the updates of at most N steps whose loss or "
         "gradient is not finite; one more stops the run")  # fmt: skip
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", default=10, type=count, metavar="N", help="steps between rows of log.csv")
+    add("--eval-problems", type=printable_path, metavar="FILE", help="held-out problems, asked as the rollouts of --data were; "
+        f"without them log.csv has no accuracies{NO_DEFAULT}")  # fmt: skip
+    add("--eval-samples", default=8, type=count_up_to(MOST_SAMPLES), metavar="N", help="samples of each at temperature 1; a "
+        "quarter as many are drawn at 0.7, and one greedily")  # fmt: skip
     add = parser.add_argument_group("machine").add_argument
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the products; weights, gradients and moments "
         "are fp32. auto: bf16 on GPUs")  # fmt: skip
     add("--reference", default="cached", choices=["cached", "live"], help="its hidden states, from disk or from a second model")
     add("--recompute", default=True, action=argparse.BooleanOptionalAction, help="activations in backward: less memory")
-    add("--eval-every", default=10, type=count, metavar="N", help="steps between rows of log.csv")
     add("--save-every", default=100, type=count, metavar="N", help="steps between checkpoints")
+    add("--save-model", default=True, action=argparse.BooleanOptionalAction, help="write the trained checkpoint; without it "
+        "a run leaves its log alone")  # fmt: skip
     add("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on with an interrupted run from its last "
         "checkpoint, or begin it anew")  # fmt: skip
     add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder of the runs and of the reference's cache")
@@ -267,16 +325,15 @@ def add_flags(parser):
 def parse_args(argv=None):
     """The flags, every one checked before any process group is there; a wrong one is one line and exit code 2."""
     description = "Offline RL of a published checkpoint on rollouts; behind torchrun, on several GPUs."
-    parser = command_line(description, prog="python -m full_scale.train")
+    epilog = "Flags shown with several values take several, and then the runs are their product."
+    parser = command_line(description, prog="python -m full_scale.train", epilog=epilog)
     add_method_flags(parser, LOSSES, HYPERPARAMETERS, ["fpa"])
     add_flags(parser)
     args = parser.parse_args(argv)
     check_rows(parser, args)
     check_method_flags(parser, args, LOSSES, HYPERPARAMETERS)
-    if len(methods(args, LOSSES, HYPERPARAMETERS)) > 1:
-        parser.error("one method a run: one value for each of its flags")
-    if LOSSES[args.loss[0]].online:
-        parser.error(f"argument --loss: {args.loss[0]} samples at every step, which only the toy does")
+    if online := [name for name in args.loss if LOSSES[name].online]:
+        parser.error(f"argument --loss: {online[0]} samples at every step, which only the toy does")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.micro_batch % 2 or args.batch_size % (args.micro_batch * processes):
         parser.error(f"argument --micro-batch: must be even, and {processes} times it divide --batch-size {args.batch_size}")

@@ -460,8 +460,8 @@ def test_plots_draws_the_log(checkpoint, alone, finished, tmp_path):
 
 BAD_COMMANDS = {
     "--loss grpo": "grpo samples at every step",
-    "--loss dpo fpa": "one method a run",
-    "--lam 1 2": "one method a run",
+    "--loss dpo grpo": "grpo samples at every step",
+    "--eval-samples 49": "argument --eval-samples: must be a whole number from 1 to 48",
     "--loss sft --lam 1": "argument --lam: sft has none",
     "--micro-batch 3": "argument --micro-batch: must be even",
     "--micro-batch 16 --batch-size 8": "divide --batch-size 8",

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_docs import table
 from test_full_scale import write
 from test_full_scale_training import run_module
+from torch.nn.utils.rnn import pad_sequence
 
 import full_scale.rollouts
 from full_scale.rollouts import is_correct, read_problems
@@ -388,9 +389,9 @@ def answering(checkpoint, tmp_path, monkeypatch):
         texts, tokenizer = iter(said), full_scale.rollouts.load_pretrained(checkpoint)[1]
 
         def generate(self, prompt, *rest):
-            rows = [(tokenizer.encode(text, special=False), finished) for text, finished in itertools.islice(texts, rest[-1])]
-            width = max(len(ids) for ids, _ in rows) + 1
-            return torch.tensor([ids + [tokenizer.eos] * (width - len(ids)) if finished else ids for ids, finished in rows])
+            some = itertools.islice(texts, len(prompt) * rest[-1])
+            rows = [tokenizer.encode(text, special=False) + [tokenizer.eos] * finished for text, finished in some]
+            return pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True, padding_value=-1)
 
         monkeypatch.setattr("model.GPT.generate", generate)
         problems = write(tmp_path / "p.jsonl", *({"problem": f"{i}?", "answer": gold} for i in range(len(said) // n)))

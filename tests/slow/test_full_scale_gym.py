@@ -1,0 +1,163 @@
+"""full_scale/gym.py: problems of reasoning-gym, its verifiers as judges, and what is refused."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+from conftest import ROOT
+from test_full_scale import write
+from test_full_scale_training import run_module, sample
+
+from full_scale import gym
+from full_scale.rollouts import read_problems
+from plumbing.files import UserError
+
+here = pytest.mark.skipif(not find_spec("reasoning_gym"), reason="pip install reasoning-gym")
+SUMS = ["chain_sum", "--config", "min_terms=3", "max_terms=3", "min_digits=1", "max_digits=1"]
+
+
+def problems(folder, *flags, task=SUMS, to=("problems.jsonl",)):
+    done = run_module("gym", *task, *flags, "--to", *(folder / name for name in to))
+    assert done.returncode == 0, done.stderr
+    return [[json.loads(line) for line in (folder / name).read_text().splitlines()] for name in to]
+
+
+@here
+def test_the_files_of_a_command_share_no_problem(tmp_path):
+    one, other = problems(tmp_path, "--count", 20, 8, to=("train.jsonl", "deep/held_out.jsonl"))
+    texts = [line["problem"] for line in one + other]
+    assert (len(one), len(other), len(set(texts))) == (20, 8, 28)
+    for line in one:
+        expression = line["problem"].split(": ")[1].rstrip(" =")
+        terms = expression.replace("- ", "-").replace("+ ", "").split()
+        assert len(terms) == 3 and int(line["answer"]) == sum(map(int, terms))
+    assert problems(tmp_path, "--count", 28) == [one + other]
+    assert problems(tmp_path, "--count", 28, "--seed", 1)[0] != one + other
+
+
+@here
+def test_its_own_verifier_is_the_judge(tmp_path):
+    problems(tmp_path, "--count", 3)
+    for problem, gold in read_problems(tmp_path / "problems.jsonl"):
+        value = int(gold["answer"])
+        right = [f"\\boxed{{{value}}}", f"so. Answer: {value}", f"It is {value}.", f"<answer>\n {value}.0 </answer>"]
+        wrong = [f"\\boxed{{{value + 1}}}", "no", "", f"Answer: {value}{value or 1}", f"<answer>{value} or 5</answer>"]
+        assert [gym.is_right(gold, text, finished=True) for text in (*right, *wrong)] == [True] * 4 + [False] * 5, problem
+        assert gym.is_right(gold, right[0], strict=True) and not gym.is_right(gold, right[1], strict=True)
+        assert not gym.is_right(gold, right[3], strict=True)
+
+
+@here
+def test_answers_in_words_are_judged(tmp_path):
+    """A task whose answers are sentences."""
+    problems(tmp_path, "--count", 2, task=["knights_knaves"])
+    for _, gold in read_problems(tmp_path / "problems.jsonl"):
+        assert " is a " in gold["answer"] and gym.is_right(gold, f"I think:\n<answer>\n{gold['answer']}\n</answer>")
+        assert not gym.is_right(gold, "<answer>Zoey is a knight.</answer>") and not gym.is_right(gold, "no")
+
+
+@here
+def test_no_verifier_runs_an_answer(tmp_path, monkeypatch):
+    """A task of the library evaluates a list that it is given as an answer; such an answer never gets there."""
+    assert [bool(gym.HARMLESS.fullmatch(text)) for text in ("-1.5, a b", "[print(1)]", "9**9")] == [True, False, False]
+    problems(tmp_path, "--count", 1, task=["spiral_matrix"])
+    ((_, gold),) = read_problems(tmp_path / "problems.jsonl")
+    generator = gym.dataset(gold["task"], json.dumps(gold["config"], sort_keys=True))
+    seen, original = [], type(generator).score_answer
+
+    def watched(self, answer, entry):
+        seen.append(answer)
+        return original(self, answer, entry)
+
+    monkeypatch.setattr(type(generator), "score_answer", watched)
+    code = f"[open({str(tmp_path / 'written')!r}, 'w')]"
+    assert not gym.is_right(gold, f"<answer>{code}</answer>") and not seen and not (tmp_path / "written").exists()
+    assert gym.is_right(gold, f"<answer>{gold['answer']}</answer>") and seen
+    original(generator, code, gym.problem_of(**{name: gold[name] for name in ("task", "config", "index")}))
+    assert (tmp_path / "written").exists()  # what it would have done
+
+
+REFUSED = {
+    "no such task": (["chain_sun"], 'reasoning-gym has no task "chain_sun"; did you mean chain_sum?'),
+    "no such setting": (["chain_sum", "--config", "terms=3"], "chain_sum has no setting terms, only min_terms, "),
+    "settings at odds": (["chain_sum", "--config", "min_terms=3", "max_terms=2"], "chain_sum: max_terms must be >= min_terms"),
+    "a text for a number": (["chain_sum", "--config", "min_terms=x"], "chain_sum: "),
+    "no name": (["chain_sum", "--config", "3"], "argument --config: must be NAME=VALUE, not '3'"),
+    "answers that would run": (["simple_integration"], "simple_integration has no verifier that can be asked here: of its "),
+    "too few": (["chain_sum", "--config", "max_digits=1", "min_terms=1", "max_terms=1", "--count", "11"],
+                "chain_sum has only 10 different problems in 220 draws, and 11 are wanted"),
+    "counts without files": (["chain_sum", "--count", "1", "2"], "argument --to: needs 2 different files, one for each"),
+}  # fmt: skip
+
+
+@here
+@pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_asked_is_one_line(words, message, tmp_path):
+    done = run_module("gym", *words, "--to", tmp_path / "problems.jsonl")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@here
+def test_lines_of_others_are_checked(tmp_path):
+    ((line,),) = problems(tmp_path, "--count", 1)
+    damages = {
+        'gym is {"task": "chain_sum"}, not a task, its config and': {"gym": {"task": "chain_sum"}},
+        "gym is 3, not a task": {"gym": 3},
+        'has no task "chain"': {"gym": {**line["gym"], "task": "chain"}},
+        "this version of reasoning-gym has another problem there": {"problem": "1 + 1 ="},
+        "chain_sum has no setting x": {"gym": {**line["gym"], "config": {"x": 1}}},
+        "no problem": {"problem": None},
+    }
+    for message, change in damages.items():
+        bad = {name: value for name, value in {**line, **change}.items() if value is not None}
+        with pytest.raises(UserError, match="1 of 2 lines are bad: line 2: ") as error:
+            read_problems(write(tmp_path / "bad.jsonl", line, bad))
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert read_problems(write(tmp_path / "bad.jsonl", line, {**line, "answer": "7777"}))[1][1]["answer"] == line["answer"]
+
+
+def test_without_the_library_it_says_what_to_install(checkpoint, tmp_path):
+    code = "import sys; sys.modules['reasoning_gym'] = None; from full_scale import {0}; {0}.run(sys.argv[1:])"
+    line = {"problem": "1 + 1 =", "answer": "2", "gym": {"task": "chain_sum", "config": {}, "index": 0}}
+    path = write(tmp_path / "problems.jsonl", line)
+    flags = ["--model", checkpoint, "--problems", path, "--out", tmp_path / "out.jsonl"]
+    for module, words in (("gym", ["chain_sum", "--to", tmp_path / "new.jsonl"]), ("rollouts", flags)):
+        command = [sys.executable, "-c", code.format(module), *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "pip install reasoning-gym" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert list(tmp_path.iterdir()) == [path]
+
+
+@here
+def test_a_checkpoint_is_asked_and_judged(checkpoint, tmp_path):
+    """From the library's problems to rollouts, behind the worked examples that are shipped."""
+    problems(tmp_path, "--count", 3)
+    shots = ROOT / "full_scale" / "chain_sum.jsonl"
+    done = sample(checkpoint, tmp_path / "problems.jsonl", tmp_path / "rollouts.jsonl", "--n", 2, "--shots", shots, 8)
+    assert done.returncode == 0, done.stderr
+    golds = dict(read_problems(tmp_path / "problems.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    for row in rows:
+        (asked,) = [text for text in golds if text in row["prompt"]]
+        assert row["label"] == gym.is_right(golds[asked], row["completion"], row["finished"])
+
+
+@here
+def test_the_worked_examples_are_right_and_asked_alike(tmp_path):
+    ((line,),) = problems(tmp_path, "--count", 1)
+    words = line["problem"].split(": ")[0]
+    for shot in read_shots():
+        expression = shot["problem"].removeprefix(f"{words}: ").removesuffix(" =")
+        first, one, second, two, third = expression.split()
+        middle = sum(map(int, (first, one + second)))
+        last = middle + int(two + third)
+        steps = f"{first} {one} {second} = {middle}, {middle} {two} {third} = {last}"
+        assert shot["solution"] == f"{steps}. Answer: {last}" and shot["answer"] == str(last)
+
+
+def read_shots():
+    return [json.loads(line) for line in (ROOT / "full_scale" / "chain_sum.jsonl").read_text().splitlines()]
