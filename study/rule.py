@@ -106,18 +106,18 @@ class Claim(NamedTuple):
         return max(m.p_for for m in tested), min(1.0, len(tested) * min(m.p_against for m in tested))
 
 
-def holm(claims):
-    """{id: the adjusted p}, of the claims that are run, among COUNT."""
+def holm(claims, count=COUNT):
+    """{id: the adjusted p}, of the claims that are run, among `count`."""
     raw = {name: min(1.0, 2 * min(claim.p)) for name, claim in claims.items() if claim.p}
     adjusted, largest = {}, 0.0
     for i, name in enumerate(sorted(raw, key=raw.get)):
-        adjusted[name] = largest = max(largest, min(1.0, (COUNT - i) * raw[name]))
+        adjusted[name] = largest = max(largest, min(1.0, (count - i) * raw[name]))
     return adjusted
 
 
-def verdicts(claims):
+def verdicts(claims, count=COUNT):
     """{id: supported, contradicted, level, undecided or not run}."""
-    adjusted, words = holm(claims), {}
+    adjusted, words = holm(claims, count), {}
     for name, claim in claims.items():
         if name not in adjusted:
             words[name] = "not run"

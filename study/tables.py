@@ -104,7 +104,7 @@ def append(path, sources):
 # --- the command
 
 
-def run_names(argv, program, description, what, known, run_one, listing):
+def run_names(argv, program, description, what, known, run_one, listing, to="results"):
     """A command that runs what it is given the names of, or lists it; tune.py's too. A wrong name is one line and exit code 2.
 
     run_one(name, args) runs one, and listing(folder) is the text of the list; args holds out, to and jobs.
@@ -113,7 +113,7 @@ def run_names(argv, program, description, what, known, run_one, listing):
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"{what} to run: {', '.join(known)}; without a name, list them")
     add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder that the runs are trained in")
-    add("--to", default="results", type=printable_path, metavar="FOLDER", help="folder of the tables that hold the runs")
+    add("--to", default=to, type=printable_path, metavar="FOLDER", help="folder of the tables that hold the runs")
     add("--jobs", default=0, type=natural, metavar="N", help="runs at once, a thread each; 0: one a CPU thread, one on a GPU")
     args = parser.parse_args(argv)
     for name in args.names:

