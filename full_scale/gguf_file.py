@@ -61,7 +61,11 @@ def unpacked(path):
         return config, tokenizer
 
     config, tokenizer = raising(read, path)
-    del config["transformers_version"]  # so that a newer one does not make it another checkpoint
+    for name in (
+        "transformers_version",
+        "_name_or_path",
+    ):  # so that neither a newer one nor the folder makes it another checkpoint
+        config.pop(name, None)
     architecture = ARCHITECTURES[metadata["general.architecture"]]
     write_json(folder / "config.json", {**config, "architectures": [architecture], "eos_token_id": tokenizer.eos_token_id})
     return folder

@@ -368,7 +368,7 @@ def test_the_three_steps_add_a_loss(tmp_path):
     for name in listed():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(name, copy / name)
-    function, entry, row, test = blocks(Path("docs/contributing.md"), "python")
+    function, entry, row, test, *_ = blocks(Path("docs/contributing.md"), "python")  # the last one is not of the steps
     insert(copy / "losses.py", "", "\nHYPERPARAMETERS = {", f"\n{function}\n")
     insert(copy / "losses.py", "\nHYPERPARAMETERS = {", "}\n\nLOSSES", entry)
     insert(copy / "losses.py", "\nLOSSES = {", "}  # fmt: skip", row)

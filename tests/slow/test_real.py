@@ -1,11 +1,13 @@
 """study/real.py: the study of a published model, on a tiny checkpoint that was taught its problems."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_full_scale import write
 from test_full_scale_training import taught  # noqa: F401 (a fixture)
 from test_model import make
@@ -103,6 +105,19 @@ def test_verdicts_of_made_up_runs():
     # R1b: the correct rows are 5 nats higher, the margin is 10 smaller; R4: FPA is above TOPR and below power
     assert words == {"R1a": "supported", "R1b": "contradicted", "R2": "not run", "R3": "not run", "R4": "contradicted"}
     assert sorted(rule.holm(found, real.COUNT)) == ["R1a", "R1b", "R4"]
+
+
+# --- what came out
+
+
+def test_results_are_those_of_the_tables_and_of_the_program_in_the_docs(capsys):
+    text = (ROOT / "results" / "smollm2" / "results.md").read_text()
+    assert text == real.results(Path("results/smollm2"))
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    (program,) = re.findall(r"```python\n(import csv.*?)```", page, flags=re.S)
+    exec(compile(program, "contributing.md", "exec"), {})
+    printed = capsys.readouterr().out.split()
+    assert len(printed) == 3 and all(f"p {float(p):.2g}," in text for p in printed)
 
 
 @pytest.mark.parametrize("prefix", [0, 40])
