@@ -3,7 +3,8 @@
     pip install -r full_scale/requirements.txt trl==1.16.0 && python -m examples.trl_fpa
 
 Rows are pairs of a correct and an incorrect answer, as DPO's. Log-probabilities are computed in chunks, so that no logits of
-all positions are held. Left out: DPOTrainer's metrics, PEFT, and models that are wrapped for several GPUs.
+all positions are held. docs/trl.md has a patch that adds the loss to TRL's KTOTrainer, whose rows need no pairs. Left out:
+DPOTrainer's metrics, PEFT, and models that are wrapped for several GPUs.
 """
 
 import torch

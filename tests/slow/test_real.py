@@ -120,6 +120,18 @@ def test_results_are_those_of_the_tables_and_of_the_program_in_the_docs(capsys):
     assert len(printed) == 3 and all(f"p {float(p):.2g}," in text for p in printed)
 
 
+def test_the_texts_state_its_numbers():
+    text = (ROOT / "results" / "smollm2" / "results.md").read_text()
+    page, readme = ((ROOT / name).read_text() for name in ("docs/findings.md", "README.md"))
+    section = page.split("## Does it hold on a published model?")[1].split("\n## ")[0]
+    bullet = readme.split("- [A published model]")[1].split("\n- ")[0]
+    numbers = re.findall(r"-?\d+\.\d+ ± \d+\.\d+", section)
+    assert len(numbers) == 9 and all(number in text for number in numbers), numbers
+    for claim, verdict in re.findall(r"(R\d[ab]?) is\s+(?:\w+\s+)?(undecided|supported|contradicted)", section):
+        assert re.search(rf"^\| {claim}: .*\*\*{verdict}\*\*", text, flags=re.M), claim
+    assert section.count("undecided") == 2 and bullet.count("undecided") == 1
+
+
 @pytest.mark.parametrize("prefix", [0, 40])
 def test_snapshots_are_the_logits_of_the_completions(prefix, monkeypatch, tmp_path):
     """With worked examples that all rows share, and without."""
