@@ -22,7 +22,7 @@ from test_full_scale import LLAMA3, ROLLOUTS, change_config, change_tensor, make
 from test_full_scale_training import QUICK, run_module, write
 
 import full_scale.load_hf
-from full_scale.load_hf import load_pretrained, save_pretrained
+from full_scale.load_hf import checkpoint_key, fetch, load_pretrained, save_pretrained
 from full_scale.published import gpt_config
 from plumbing.files import UserError
 
@@ -378,6 +378,16 @@ def test_training_and_sampling_begin_from_a_gguf_file(tmp_path):
     (trained,) = tmp_path.glob("runs/*/model")
     assert trained.parent.name.startswith("m-")
     assert load_pretrained(trained)[1].eos == 1
+
+
+def test_a_gguf_file_is_one_checkpoint_wherever_it_is_unpacked(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf")
+    folders, keys = [], set()
+    for _ in range(2):
+        folders.append(fetch(path))
+        keys.add(checkpoint_key(folders[-1]))
+        full_scale.gguf_file.unpacked.cache_clear()
+    assert folders[0] != folders[1] and len(keys) == 1
 
 
 def cut(path, size):
