@@ -246,6 +246,12 @@ def extrapolated(b, away=1.0, kept=1.0):
     return (b.logits if kept else b.ref) + away * b.lam * (b.logits - b.ref)
 
 
+def future_surrogate(logits, ref_logits, tokens, mask, reward, lam=2.0):
+    """Off-RL's surrogate without log-probabilities, of the future policy."""
+    b = SimpleNamespace(logits=logits, ref=ref_logits, tokens=tokens, mask=mask, length=mask.sum(-1), lam=lam)
+    return -(reward * of(extrapolated(b), b)).mean()
+
+
 def mistakes_of(seen):
     """The mistakes that both losses share: {hint: loss}. The right weight is π̄ under the logits seen(b)."""
 
@@ -307,6 +313,10 @@ MISTAKES = {
         "this raises the present weight to a power; extrapolate the logits instead": loss_with(
             lambda b: of(b.logits.detach(), b, power=1 + b.lam)
         ),
+        "h and h_ref are swapped: future_logits(logits, ref_logits, lam)": loss_with(
+            lambda b: of(extrapolated(b, away=-1.0, kept=0.0).detach(), b)
+        ),
+        "only the weight looks ahead; logp_mean stays the present policy's": future_surrogate,
     },
     "dpo_brake": {
         "the brake has to fall when the incorrect row falls: Δ_l - Δ_w": lambda w, x, beta: dpo_brake(x, w, beta),
@@ -325,6 +335,8 @@ def verify_faults(answer):
     """{letter: fault}, every one of faults.FAULTS once. Says of one wrong letter what to look at."""
     if not isinstance(answer, dict) or set(answer) != set(faults.KEY):
         raise Wrong(f"this must be a dict with the keys {', '.join(faults.KEY)}")
+    if empty := [letter for letter, word in answer.items() if word is ... or word is None]:
+        raise Wrong(f"run {empty[0]} is not filled in yet")
     if unknown := [word for word in answer.values() if word not in faults.FAULTS]:
         raise Wrong(f"{unknown[0]!r} is none of {', '.join(faults.FAULTS)}")
     for letter, fault in faults.KEY.items():

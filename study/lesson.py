@@ -145,6 +145,8 @@ def walk(world, steps=300, measured=(*range(0, 32, 2), 40, 60, 80, 100), others=
             before, up, down = pushes(policy, b, rollouts[chosen])
         train.add_logps(policy, b)
         update(policy, optimizer, train.objective(b, run)[0])
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1:4} of {steps}")
         if step in measured:
             change = mean_logp(policy, rollouts[chosen]).item() - before
             rows.append({"step": step, "up": up, "down": down, "change": change})
@@ -263,12 +265,13 @@ def figure_brakes(run, dpo_brake, beta=0.1):
     brakes = {"DPO": [], "Off-RL": [], "FPA": []}
     for rows in found.values():
         count = len(rows)
-        brakes["DPO"].append(sum(dpo_brake(w, x, beta) for w, x, _, _ in rows) / count)
+        brakes["DPO"].append(sum(float(dpo_brake(w, x, beta)) for w, x, _, _ in rows) / count)
         brakes["Off-RL"].append(sum(present for *_, present, _ in rows) / count)
         brakes["FPA"].append(sum(future for *_, future in rows) / count)
     figure, (axis, *_) = drawing.canvas(1, 1, row_height=3.6)
     for (name, values), loss in zip(brakes.items(), ("dpo", "off_rl", "fpa")):
-        axis.plot(list(found), [value / values[0] for value in values], color=drawing.colour_of(loss), label=name)
+        said = f"{name}, β = {beta:g}" if name == "DPO" else name
+        axis.plot(list(found), [value / values[0] for value in values], color=drawing.colour_of(loss), label=said)
     axis.set(xlabel=f"training step of {label(run.method)}", ylabel="brake, as a share of its start", ylim=(0, 1.05))
     axis.legend()
     return figure, {name: [value / values[0] for value in values] for name, values in brakes.items()}
@@ -289,6 +292,11 @@ def figure_logs(logs):
 
 
 # --- a number
+
+
+def ends(runs):
+    """{method: the mean accuracy of its runs at their last step}."""
+    return {label(method): sum(run.log["accuracy"][-1] for run in some) / len(some) for method, some in by_method(runs).items()}
 
 
 def forecast(runs, lam=2):

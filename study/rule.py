@@ -20,6 +20,11 @@ from study.results import mean_and_interval
 ALPHA, LEVEL, COUNT = 0.05, 0.03, 17  # COUNT: of the claims
 
 
+def digits(x):
+    """A number with three digits, or all of those before the point."""
+    return f"{x:#.3g}".rstrip(".") if abs(x) < 100 else f"{x:.0f}"
+
+
 class Measured(NamedTuple):
     """A number, one value a seed, and what is claimed of its mean: a side of a bound, or nothing, where it is only reported."""
 
@@ -79,9 +84,10 @@ class Measured(NamedTuple):
             return f"{self.text}{claimed}"
         if self.ratio:
             mean, half = mean_and_interval(np.log(self.values))
-            numbers = f"{math.exp(mean):#.3g}, {math.exp(mean - half):#.3g} to {math.exp(mean + half):#.3g}"
+            mean, low, high = (digits(math.exp(x)) for x in (mean, mean - half, mean + half))
+            numbers = f"{mean}, {low} to {high}"
         else:
-            numbers = " ± ".join(f"{x:#.3g}" if abs(x) < 100 else f"{x:.0f}" for x in mean_and_interval(self.values))
+            numbers = " ± ".join(map(digits, mean_and_interval(self.values)))
         flip = (
             f", p {self.p_for:.2g}, exact {self.p_flip:.2g}" if self.side and self.side in "<>" and len(self.values) > 1 else ""
         )

@@ -22,18 +22,33 @@ VARIABLES = {"find_the_bug": "found"}  # the exercises whose answer is no functi
 
 
 def definitions(source):
-    """The statements of a cell that define an exercise's answer, and its imports. A cell that does not parse has none."""
+    """The statements of a cell that define an exercise's answer, its imports, and the plain constants beside a function.
+
+    A cell that does not parse has none.
+    """
     try:
         statements = ast.parse(source).body
     except SyntaxError:  # an unfinished cell, or one with a magic command
         return []
     names = {VARIABLES.get(name, name) for name in EXERCISES}
+    functions = any(isinstance(statement, ast.FunctionDef) for statement in statements)
     return [
         statement
         for statement in statements
         if isinstance(statement, ast.FunctionDef | ast.Import | ast.ImportFrom)
         or (isinstance(statement, ast.Assign) and {target.id for target in statement.targets if hasattr(target, "id")} & names)
+        or (functions and is_constant(statement))
     ]
+
+
+def is_constant(statement):
+    """Whether a statement gives names a number or another literal, as EPS = 1e-9 does. Nothing else is run by it."""
+    if not isinstance(statement, ast.Assign) or not all(isinstance(target, ast.Name) for target in statement.targets):
+        return False
+    try:
+        return ast.literal_eval(statement.value) is not ...
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
 
 
 @pytest.fixture(scope="session")

@@ -110,18 +110,29 @@ def test_a_brake_is_trained_over_seeds_and_reused(tmp_path, capsys):
 
 def own_runs(gain, stored):
     """Runs of a brake whose accuracies are FPA's and something, seed by seed."""
-    return [Run(run.folder, run.config, {**run.log, "accuracy": run.log["accuracy"] + gain}) for run in fpa_runs(stored)]
+    return [
+        Run(run.folder, run.config, {**run.log, "accuracy": run.log["accuracy"] + gain})
+        for run in fpa_runs(stored, target="incorrect")
+    ]
 
 
 @pytest.mark.parametrize("gain, says", [(0.05, "beats"), (-0.05, "does not beat"), (0.0, "does not beat")])
 def test_the_verdict_is_of_the_difference_seed_by_seed(gain, says):
     stored = lesson.stored()
     board = leaderboard.board("mine", own_runs(gain, stored), stored, 1000).splitlines()
-    assert board[-1] == f"mine {says} FPA, λ = 2: {gain:+.3f} ± 0.000 over 5 seeds"
+    assert board[-1] == f"mine {says} FPA, λ = 2, incorrect only: {gain:+.3f} ± 0.000 over 5 seeds"
     rows = {line[:34].strip(): float(line[40:].split()[0]) for line in board[1:-1]}
     assert list(rows.values()) == sorted(rows.values(), reverse=True) and len(rows) == 5
     off_rl = statistics.mean(run.log["accuracy"][-1] for run in where(stored, loss="off_rl"))
     assert rows["Off-RL"] == pytest.approx(off_rl, abs=6e-4)
+
+
+def test_one_seed_has_no_verdict_and_no_stored_run_has_another():
+    stored = lesson.stored()
+    own = own_runs(0.05, stored)
+    assert leaderboard.verdict("mine", own[:1], stored, 200) == "One seed has no interval: give two or more."
+    assert "over 2 seeds" in leaderboard.verdict("mine", own[:2], stored, 200)
+    assert "nothing to compare with" in leaderboard.verdict("mine", own, [], 200)
 
 
 def test_stored_runs_are_compared_at_the_same_step_of_the_same_setting():

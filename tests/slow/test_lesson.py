@@ -122,7 +122,10 @@ def test_the_unsolved_notebook_runs_and_tells_nothing(copy):
     made = notebooks.executed(notebooks.notebook(False, "OWNER/REPOSITORY"), copy)
     text = "\n".join(map(printed, code(made)))
     assert text.count("not yet: ") == len(EXERCISES) and "right: " not in text and "measured" not in text
-    assert text.count("Write your guess down first") == 5
+    assert text.count("Write your guess down first") == 8 and text.count("Solve the exercise first") == 1
+    assert not any(output.output_type == "display_data" for cell in code(made) if "figure_logs" not in cell.source
+                   for output in cell.outputs)  # fmt: skip
+    assert "not filled in yet" in text and "Ellipsis" not in text
 
 
 def test_every_question_has_something_to_do_and_something_to_see():
@@ -181,6 +184,22 @@ def test_a_usual_mistake_gets_its_hint_and_one_row(name, hint):
     assert re.match(r"not yet: .+: expected -?[\d.]+, got -?[\d.]+\n", text)
 
 
+def test_a_surrogate_of_the_future_and_swapped_logits_are_told_apart():
+    """As a student writes them, with the functions of the exercises before."""
+
+    def ahead(logits, ref_logits, tokens, mask, reward, lam=2.0):
+        future = logits + lam * (logits - ref_logits)
+        return -(reward * exercises.pi_bar(losses.token_logps(future, tokens, mask), mask)).mean()
+
+    def swapped(logits, ref_logits, tokens, mask, reward, lam=2.0):
+        future = losses.future_logits(ref_logits, logits, lam)
+        weight = exercises.pi_bar(losses.token_logps(future, tokens, mask), mask).detach()
+        return -(reward * weight * losses.token_logps(logits, tokens, mask).sum(-1) / mask.sum(-1)).mean()
+
+    assert "only the weight looks ahead; logp_mean stays the present policy's" in said("fpa_loss", ahead)[1]
+    assert "h and h_ref are swapped: future_logits(logits, ref_logits, lam)" in said("fpa_loss", swapped)[1]
+
+
 def test_an_answer_that_raises_is_told_so():
     assert said("fpa_loss", lambda *_: 1 / 0) == (False, "not yet: the function raises ZeroDivisionError: division by zero\n")
     assert "no gradient" in said("off_rl_loss", lambda logits, *_: logits.detach().mean())[1]
@@ -191,6 +210,7 @@ def test_the_lab_says_of_one_run_where_to_look():
     swapped = {**faults.KEY, letters[0]: faults.KEY[letters[1]], letters[1]: faults.KEY[letters[0]]}
     right, text = said("find_the_bug", swapped)
     assert not right and text.endswith(f"hint: {faults.FAULTS[faults.KEY[letters[0]]].look}\n")
+    assert "run a is not filled in yet" in said("find_the_bug", dict.fromkeys(letters, ...))[1]
     assert "none of not_detached" in said("find_the_bug", dict.fromkeys(letters, "typo"))[1]
     assert len(set(faults.KEY.values())) == 4 == len(faults.FAULTS)
 
@@ -230,6 +250,23 @@ def test_grading_gives_the_points(tmp_path):
     assert "points: 80 of 100" in printed and "the weight is not detached" in printed
 
 
+def graded(source, tmp_path):
+    """What grading says of the solutions with another cell of dpo_brake."""
+    submission = nbformat.from_dict(SOLUTIONS)
+    (cell,) = [cell for cell in submission.cells if "def dpo_brake" in cell.source]
+    cell.source = source
+    nbformat.write(submission, tmp_path / "submission.ipynb")
+    return grade("--notebook", str(tmp_path / "submission.ipynb"))
+
+
+def test_grading_runs_a_constant_beside_the_function_and_nothing_else(tmp_path):
+    brake = "def dpo_brake(w, x, beta):\n    return ONE * beta / (ONE + math.exp(-beta * (x - w)))\n"
+    assert "points: 100 of 100" in graded(f"EPS = ONE = 1.0\n{brake}", tmp_path)
+    touched = tmp_path / "touched"
+    printed = graded(f"ONE = open({str(touched)!r}, 'w') and 1.0\n{brake}", tmp_path)
+    assert "points: 90 of 100" in printed and "ONE" in printed and not touched.exists()
+
+
 # --- the data
 
 
@@ -264,7 +301,10 @@ def test_what_the_lesson_says_of_the_stored_runs():
     at_200 = fpa[0].log["accuracy"][2]
     assert later[1] < at_200 < start < min(run.log["accuracy"][-1] for run in fpa)
     ends = [statistics.mean(run.log["accuracy"][-1] for run in some) for some in (only, fpa, off_rl)]
-    assert ends == sorted(ends, reverse=True)
+    assert ends == sorted(ends, reverse=True) == list(lesson.ends(only + fpa + off_rl).values())
+    told = "".join(printed(cell) for cell in code(SOLUTIONS) if "lesson.ends" in cell.source)
+    assert all(f"accuracy at the end: {end:.2f}" in told for end in ends)
+    assert sum(run.log["accuracy"][2] < run.log["accuracy"][0] for run in fpa) == 4  # the open task says so
     ratios = lesson.forecast(fpa)
     assert ratios[10] < 1 < ratios[80]
     shares = [run.tables["entanglement"]["share_net_below_0"].mean() for run in off_rl]
@@ -274,6 +314,20 @@ def test_what_the_lesson_says_of_the_stored_runs():
 def test_what_the_lesson_says_of_the_brakes():
     _, brakes = lesson.figure_brakes(fpa_runs(lesson.stored())[0], exercises.dpo_brake)
     assert brakes["FPA"][1] < 0.5 < brakes["DPO"][1] < brakes["Off-RL"][1] and brakes["DPO"][-1] < 0.5
+
+
+def test_the_brakes_are_numbers_with_torch_too_and_the_legend_says_beta():
+    def brake(w, x, beta):
+        return beta * torch.sigmoid(torch.as_tensor(beta * (x - w)))
+
+    figure, brakes = lesson.figure_brakes(fpa_runs(lesson.stored())[0], brake)
+    assert all(isinstance(value, float) for values in brakes.values() for value in values)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["DPO, β = 0.1", "Off-RL", "FPA"]
+
+
+def test_the_longest_cell_says_how_far_it_is(solved):
+    text = "\n".join(map(printed, code(solved)))
+    assert all(f"step {step:4} of 300\n" in text for step in (100, 200, 300))
 
 
 def test_what_the_lesson_says_of_its_own_run(solved):
@@ -299,4 +353,7 @@ def test_what_the_lab_says_of_the_faults():
     assert norms["no_length"] < 0.1 * min(norm for name, norm in norms.items() if name != "no_length")
     ends = {name: log["accuracy"][-1] for name, log in named.items()}
     assert min(ends, key=ends.get) == "right" and all(run.log["accuracy"][-1] > 0.6 for run in fpa_runs(lesson.stored()))
+    letters = {letter: logs[letter]["accuracy"][-1] for letter in "ab"}
+    stored = [run.log["accuracy"][2] for target in ("both", "incorrect") for run in fpa_runs(lesson.stored(), target=target)]
+    assert [round(value, 2) for value in letters.values()] == [0.95, 0.95] and max(stored) < 0.94
     assert ends["wrong_sign"] == pytest.approx(named["right"]["accuracy"][0], abs=0.05)

@@ -129,6 +129,7 @@ def test_the_texts_state_its_numbers():
     assert len(numbers) == 9 and all(number in text for number in numbers), numbers
     for claim, verdict in re.findall(r"(R\d[ab]?) is\s+(?:\w+\s+)?(undecided|supported|contradicted)", section):
         assert re.search(rf"^\| {claim}: .*\*\*{verdict}\*\*", text, flags=re.M), claim
+    assert "5.78, 0.300 to 111 (claim: < 1)" in text and "5.78 times" in section and "from 0.300 to 111" in section
     assert section.count("undecided") == 2 and bullet.count("undecided") == 1
 
 
