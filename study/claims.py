@@ -102,6 +102,7 @@ def fall(run):
 
 
 def margin(run):
+    """Mean log-ratio of correct rows less that of incorrect ones, after the last step."""
     return run.log["logratio_correct"][-1] - run.log["logratio_incorrect"][-1]
 
 

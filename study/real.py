@@ -15,10 +15,11 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from plumbing.files import UserError, write_text
+from study.claims import margin
 from study.results import forecast, read_runs, run_folders, where
 from study.rule import Claim, Measured
 from study.tables import gather, held, identity, run_names
-from study.verdicts import claims_table, each, fall, last, numbers_of, paired, table
+from study.verdicts import cases_table, claims_table, each, fall, last, paired
 
 SEEDS, COUNT, EXPERIMENT = (0, 1, 2), 5, "sums"  # COUNT: of the claims
 PROBLEMS = """basic_arithmetic --count 96 48 --config min_terms=3 max_terms=3 min_digits=1 max_digits=1 'operators=["+"]'
@@ -55,11 +56,6 @@ SHOWN = {
 metric = last("accuracy_0.7")
 
 
-def margin(run):
-    """Mean log-ratio of correct rows less that of incorrect ones, after the last step."""
-    return run.log["logratio_correct"][-1] - run.log["logratio_incorrect"][-1]
-
-
 # --- the runs
 
 
@@ -72,10 +68,10 @@ def call(module, *words):
 
 
 def run_case(name, args):
-    """Train a case on every seed, as many at once as there are jobs, and gather what is finished."""
-    folder = Path(args.out) / EXPERIMENT
+    """Train a case on the seeds that the tables lack, as many at once as there are jobs, and gather what is finished."""
+    missing, folder = [seed for seed in SEEDS if seed not in study(args.to)[name]], Path(args.out) / EXPERIMENT
     problems, held_out = folder / "problems.jsonl", folder / "held_out.jsonl"
-    if not (problems.exists() and held_out.exists()):
+    if missing and not (problems.exists() and held_out.exists()):
         call("full_scale.gym", *shlex.split(PROBLEMS), "--to", problems, held_out)
     method = [word for flag, value in CASES[name].items() for word in (f"--{flag.replace('_', '-')}", value)]
 
@@ -86,7 +82,7 @@ def run_case(name, args):
         call("study.forecast" if name == "forecast" else "full_scale.train", *method, *flags, "--out", folder / "runs")
 
     with ThreadPool(args.jobs or 1) as pool:
-        pool.map(train, SEEDS)
+        pool.map(train, missing)
     gather(folder, args.to, {EXPERIMENT: [identity(run.config) for run in read_runs(run_folders(folder))]})
     write_text(Path(args.to) / "results.md", results(args.to))
 
@@ -137,26 +133,15 @@ def claims(cases):
 # --- results.md
 
 
-def cases_table(cases):
-    """Every case after its last step, the model before training first; fewer seeds, or none, are said."""
-    cases = {name: some for name, some in cases.items() if name != "forecast"}  # which has no accuracies
-    rows, ran = [], [some for some in cases.values() if some]
-    if ran:
-        rows.append(["before training", len(ran[0]), *numbers_of(ran[0], 0, SHOWN)])
-    for name, some in cases.items():
-        numbers = numbers_of(some, -1, SHOWN) if some else ["not run"] + [""] * (len(SHOWN) - 1)
-        rows.append([f"`{name}`", len(some), *numbers])
-    return table(["case", "seeds", *SHOWN], rows)
-
-
 def results(folder):
     """results.md of a folder of tables."""
     cases = study(folder)
+    shown = {name: some for name, some in cases.items() if name != "forecast"}  # which has no accuracies
     return (
         "# Results of the study of SmolLM2-135M-Instruct\n\nWritten by `python -m study.real`. The rules are those of "
         f"docs/protocol.md.\n\n## Claims\n\n{claims_table(claims(cases), COUNT)}\n"
         "## Every case\n\nAccuracies on held-out problems, and log-ratios of 32 correct and 32 incorrect rollouts.\n\n"
-        f"{cases_table(cases)}"
+        f"{cases_table(shown, 'case', 'before training', SHOWN)}"
     )
 
 

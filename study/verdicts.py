@@ -291,16 +291,20 @@ def numbers_of(runs, index=-1, shown=SHOWN):
     return cells
 
 
-def families_table(runs, experiment):
-    """Every family at its tuned setting, the base model first; fewer seeds, or none, are said."""
-    header, rows = ["family", "seeds", *SHOWN], []
-    cases = {name: runs.get((experiment, name), {}) for name in FAMILIES}
-    base = next((some for some in cases.values() if some), {})
-    if base:
-        rows.append(["base model", len(base), *numbers_of(base, 0)])
+def cases_table(cases, head="family", base="base model", shown=SHOWN):
+    """Every case after its last step, the model before training first; fewer seeds, or none, are said."""
+    first, rows = next((some for some in cases.values() if some), {}), []
+    if first:
+        rows.append([base, len(first), *numbers_of(first, 0, shown)])
     for name, some in cases.items():
-        rows.append([f"`{name}`", len(some), *(numbers_of(some) if some else ["not run"] + [""] * (len(SHOWN) - 1))])
-    return table(header, rows)
+        numbers = numbers_of(some, -1, shown) if some else ["not run"] + [""] * (len(shown) - 1)
+        rows.append([f"`{name}`", len(some), *numbers])
+    return table([head, "seeds", *shown], rows)
+
+
+def families_table(runs, experiment):
+    """Every family at its tuned setting."""
+    return cases_table({name: runs.get((experiment, name), {}) for name in FAMILIES})
 
 
 def results(folder):

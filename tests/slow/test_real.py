@@ -1,6 +1,7 @@
 """study/real.py: the study of a published model, on a tiny checkpoint that was taught its problems."""
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from test_full_scale import write
 from test_full_scale_training import taught  # noqa: F401 (a fixture)
 from test_model import make
 
-from study import forecast, real, rule
+from study import forecast, real, rule, verdicts
 from study.results import Run
 
 
@@ -48,9 +49,8 @@ def test_cases_are_trained_gathered_and_judged(small, capsys):
         assert run.config["loss"] == "fpa" and run.config["steps"] == 4 and run.log["step"][-1] == 4
         assert not np.isnan([run.log[column][-1] for column in real.SHOWN.values()]).any()
     lower = np.mean([run.log["logratio_correct"][-1] for run in cases["off_rl"].values()])
-    assert (
-        f"| `off_rl` | 2 | {real.numbers_of(cases['off_rl'], -1, real.SHOWN)[0]} |" in text and f"[nats]: {lower:#.3g}" in text
-    )
+    cell = verdicts.numbers_of(cases["off_rl"], -1, real.SHOWN)[0]
+    assert f"| `off_rl` | 2 | {cell} |" in text and f"[nats]: {lower:#.3g}" in text
     assert "| `topr` | 0 | not run |" in text and text.count("**not run**") == 3  # R2, R3, R4
     capsys.readouterr()
     small()
@@ -65,6 +65,9 @@ def test_a_second_command_repeats_nothing(small, tmp_path):
     small("off_rl")
     assert held == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("log.csv")} and len(held) == 2
     assert (folder / "curves.csv").read_text() == before
+    shutil.rmtree(tmp_path / "runs" / real.EXPERIMENT / "runs")
+    small("off_rl")  # the tables hold its runs
+    assert not list((tmp_path / "runs").rglob("log.csv")) and (folder / "curves.csv").read_text() == before
 
 
 def test_a_forecast_is_measured_against_the_later_policy(small):
