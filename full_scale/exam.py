@@ -51,12 +51,21 @@ class Exam:
         if known := sum(tuple(prompt) in trained for prompt in self.prompts):
             raise UserError(f"{args.eval_problems}: {known} of {len(self.prompts)} problems are in {args.data} too")
         self.samples, self.micro_batch = args.eval_samples, args.micro_batch
+        self.before = {}  # {seed: the checkpoint's columns}
         asked = digest([self.prompts, made["asked"]])
         self.settings = {"eval_problems": len(self.prompts), "eval_samples": self.samples, "exam": asked}
 
-    @torch.no_grad()
     def __call__(self, step, model, run, device):
-        """Columns of log.csv. The same seed and step draw the same samples from the same policy."""
+        """Columns of log.csv. Before training, all runs of a seed have the same policy and samples, which are drawn once."""
+        if step:
+            return self.measure(step, model, run, device)
+        if run.seed not in self.before:
+            self.before[run.seed] = self.measure(step, model, run, device)
+        return self.before[run.seed]
+
+    @torch.no_grad()
+    def measure(self, step, model, run, device):
+        """Sample and judge. The same seed and step draw the same samples from the same policy."""
         cool = max(self.samples // 4, 1)
         temperatures = torch.tensor([1.0] * self.samples + [0.7] * cool + [0.0], device=device)
         generator, counts = seeded(device, run.seed, "evaluation", step), [len(temperatures)] * len(self.prompts)

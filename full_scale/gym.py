@@ -60,9 +60,14 @@ def raising(task, call):
         raise UserError(f"{task}: {one_line(error, task)[:300]}") from None
 
 
+def generator_of(task, config):
+    """`dataset` of settings in a dict."""
+    return dataset(task, json.dumps(config, sort_keys=True))
+
+
 def problem_of(task, config, index):
     """A problem as the library has it: question, answer and what its verifier needs. Raises UserError."""
-    generator = dataset(task, json.dumps(config, sort_keys=True))
+    generator = generator_of(task, config)
     return raising(task, lambda: generator[index])
 
 
@@ -72,7 +77,7 @@ def full_marks(gym, answer):
         return False
     problem = problem_of(**gym)
     try:
-        return dataset(gym["task"], json.dumps(gym["config"], sort_keys=True)).score_answer(answer, problem) == 1
+        return generator_of(gym["task"], gym["config"]).score_answer(answer, problem) == 1
     except Exception:  # some verifiers raise at what they cannot read
         return False
 

@@ -179,6 +179,13 @@ def test_held_out_problems_fill_the_accuracies(asked, tmp_path):
     assert str(tmp_path) not in json.dumps(run.config) and run.config["eval_problems"] == 4
 
 
+def test_the_checkpoint_answers_once_a_seed(asked, tmp_path, monkeypatch):
+    taken, original = [], Exam.measure
+    monkeypatch.setattr(Exam, "measure", lambda exam, step, *rest: taken.append(step) or original(exam, step, *rest))
+    examined(asked, tmp_path, "--seed", 0, 1)
+    assert sorted(taken) == [0, 0, *[3] * 4, *[6] * 4]  # of two losses and two seeds
+
+
 @torch.no_grad()
 def plain_entropy(model, prompts, completions):
     values = []
