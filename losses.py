@@ -1,13 +1,13 @@
 """The losses: Future Policy Approximation (FPA, arXiv 2509.19893) whole and copyable, then its neighbours, then one table.
 
 `fpa_loss` is for you to copy, with `future_logits`, `token_logps` and `checked_length` below it. train.py gets its gradient
-from `objective`, which calls `fpa`, and `surrogate` for the other losses' FPA forms. With reward r = +1 (correct) or -1
+from `objective`, which calls `fpa`, and `fpa_form` for the other losses' FPA forms. With reward r = +1 (correct) or -1
 (incorrect) every offline loss has a gradient of one form,
 
     grad loss = - r C grad logp_sum        C >= 0 (mostly): raise correct rows, lower incorrect ones
 
-and the methods differ in the coefficient C alone. FPA replaces C(pi) by C(pi_hat), the coefficient at the future policy. C |y|
-is the weight of grad logp_mean. A test checks every C against autograd.
+and the methods differ in the coefficient C alone. So C |y| is the weight of grad logp_mean. FPA replaces C(pi) by C(pi_hat),
+the coefficient at the future policy. Tests check every C, against autograd where the loss is no surrogate, and by hand.
 
 Names: `logp_sum` is log pi(y|x) summed over a completion's tokens, `length` is their number |y|, logp_mean = logp_sum / length.
 exp(logp_mean), in (0, 1], is the paper's pi_bar. `logratio` is logp_sum under pi_theta minus logp_sum under pi_ref.
@@ -31,6 +31,7 @@ def fpa_loss(logits, ref_logits, tokens, mask, reward, lam=2.0):
 
         grad J = E[ r sg[pi_bar of pi_hat] grad logp_mean ],    pi_hat = softmax(h + lam (h - h_ref))     (arXiv 2509.19893)
 
+    sg[] stops the gradient.
     logits, ref_logits (B, T, V): what the trained model and the frozen model that sampled the rows say of tokens (B, T).
     mask (B, T): True on the completion's tokens, EOS included. reward (B,): +1 for a correct row, -1 for an incorrect one.
     Returns a scalar to minimise. Its gradient is the method's; its value measures nothing, because the weight is detached.
@@ -41,10 +42,10 @@ def fpa_loss(logits, ref_logits, tokens, mask, reward, lam=2.0):
     log-ratio of correct rows, not the loss.
     """
     length = checked_length(mask, reward)
-    logp_sum = token_logps(logits, tokens, mask).sum(-1)  # what the policy thinks of each answer now
+    logp_mean = token_logps(logits, tokens, mask).sum(-1) / length  # what the policy thinks of each answer now
     future = future_logits(logits, ref_logits, lam)  # lam times as far again from the frozen model
     weight = (token_logps(future, tokens, mask).sum(-1) / length).exp().detach()  # the future pi_bar
-    return -(reward * weight * logp_sum / length).mean()
+    return -(reward * weight * logp_mean).mean()
 
 
 def off_rl_loss(logits, tokens, mask, reward):
@@ -52,10 +53,9 @@ def off_rl_loss(logits, tokens, mask, reward):
 
     Shapes, return value and errors as in `fpa_loss`.
     """
-    length = checked_length(mask, reward)
-    logp_sum = token_logps(logits, tokens, mask).sum(-1)
-    weight = (logp_sum.detach() / length).exp()  # it falls as fast as the answer; FPA's falls faster
-    return -(reward * weight * logp_sum / length).mean()
+    logp_mean = token_logps(logits, tokens, mask).sum(-1) / checked_length(mask, reward)
+    weight = logp_mean.exp().detach()  # it falls as fast as the answer; FPA's falls faster
+    return -(reward * weight * logp_mean).mean()
 
 
 def future_logits(logits, ref_logits, lam):
@@ -118,16 +118,11 @@ def fpa_form(logp_sum, reward, present, future, target="both", pairs=False):
     """A loss of C >= 0 with C at the future policy: all (B,) -> a scalar to minimise, and the coefficients used (B,).
 
     present and future are the loss's coefficients C at pi_theta and at pi_hat. With `off_rl`'s C this is FPA. `pairs`: the rows
-    are pairs, and the mean is over pairs, as in DPO. The scalar is a surrogate, as `fpa_loss` is. Raises ValueError where a
-    coefficient is negative (a log-probability, then) or the target is unknown.
+    are pairs, and the mean is over pairs, as in DPO. The scalar is a surrogate, as `fpa_loss` is. Raises ValueError where the
+    target is unknown or a coefficient is negative, as it is where you pass log-probabilities.
     """
     if (present < 0).any() or (future < 0).any():
         raise ValueError("present and future must be coefficients C >= 0, as the losses return them, not log-probabilities")
-    return surrogate(logp_sum, reward, present, future, target, pairs)
-
-
-def surrogate(logp_sum, reward, present, future, target, pairs):
-    """`fpa_form` without its check, which would synchronise a GPU at every step."""
     coefficient = torch.where(target_rows(reward, target), future, present).detach()
     return (-reward * coefficient * logp_sum).sum() / (len(reward) // (1 + pairs)), coefficient
 
@@ -150,7 +145,7 @@ def sharpened(logp_sum, length, reward, lam=2.0, target="both"):
 
 
 def power(logp_sum, logratio, length, reward, lam=2.0, target="both"):
-    """A control for FPA without extrapolated logits: C = pi_bar (pi_bar / pi_bar_ref)^lam / |y|, at most 1 / |y| as FPA's is.
+    """A control for FPA without extrapolated logits: C = min(pi_bar (pi_bar / pi_bar_ref)^lam, 1) / |y|.
 
     FPA's future policy is this product, token by token and normalised over the vocabulary. Target as in `sharpened`.
     """
@@ -201,15 +196,14 @@ def sft(logp_sum, length, reward):
     return -reward * correct * logp_sum / length, correct / length
 
 
-def kto(logratio, reward, z0, beta=0.1, weight_correct=1.0, weight_incorrect=1.0):
-    """KTO (Ethayarajh et al. 2024): w (1 - s), s = sigmoid(r beta (logratio - z0)). C = w beta s (1 - s).
+def kto(logratio, reward, z0, beta=0.1):
+    """KTO (Ethayarajh et al. 2024): 1 - s, s = sigmoid(r beta (logratio - z0)). C = beta s (1 - s).
 
     z0 is a detached scalar of at least 0: the mean log-ratio of mismatched prompts and completions. It is the present
-    policy's in the FPA form too. The weights 1 and 1 are in the recommended range for as many correct as incorrect rows.
+    policy's in the FPA form too. Both kinds of rows weigh the same, which the paper recommends where there are as many of each.
     """
     s = torch.sigmoid(reward * beta * (logratio - z0))
-    weight = torch.where(reward > 0, weight_correct, weight_incorrect).to(logratio.dtype)
-    return weight * (1 - s), (weight * beta * s * (1 - s)).detach()
+    return 1 - s, (beta * s * (1 - s)).detach()
 
 
 def pessimistic(logratio, reward, mean_reward, beta=0.1, shift=0.0):
@@ -388,7 +382,8 @@ LOSSES = {
     "sharpened": Loss(sharpened, "sharpened", "a control: Off-RL's weight to a power, without a reference",
         (r"π̄_w^(1+λ) / \|y_w\|", r"π̄_l^(1+λ) / \|y_l\|"), {"lam": 2.0, "target": "both"}),
     "power": Loss(power, "power", "a control: FPA's weight as a product of probabilities, without extrapolated logits",
-        (r"π̄_w (π̄_w / π̄_ref)^λ / \|y_w\|", r"π̄_l (π̄_l / π̄_ref)^λ / \|y_l\|"), {"lam": 2.0, "target": "both"}),
+        (r"min(π̄_w (π̄_w / π̄_ref)^λ, 1) / \|y_w\|", r"min(π̄_l (π̄_l / π̄_ref)^λ, 1) / \|y_l\|"),
+        {"lam": 2.0, "target": "both"}),
     "grpo": Loss(grpo, "GRPO", "online: sample groups, and push by the advantage in the group",
         (r"\|A\| / \|y\|, A = (r − mean) / (std + 1e-4)", "the same"), {"dapo": False}, online=True),
 }  # fmt: skip
@@ -410,4 +405,4 @@ def objective(batch, run):
     at_future.logp_sum = batch.future_logp_sum
     at_future.logratio = batch.logratio.detach() + (batch.future_logp_sum - batch.logp_sum.detach())
     future = loss(at_future, run)[1]
-    return surrogate(batch.logp_sum, batch.reward, coefficient, future, run.target, loss.pairs)
+    return fpa_form(batch.logp_sum, batch.reward, coefficient, future, run.target, loss.pairs)

@@ -18,12 +18,13 @@ import time
 from types import SimpleNamespace
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from losses import HYPERPARAMETERS, LOSSES, future_logits, objective, token_logps
 from plumbing import flags, jobs
 from plumbing.batches import batch_order, draw_order, seeded
 from plumbing.files import UserError, digest, locked, remove_leftovers, write_tensors, write_text
-from plumbing.keeper import Keeper, OneFile, Random, adamw, begin, update
+from plumbing.keeper import Keeper, OneFile, Random, adamw, begin
 from plumbing.log import PERCENTILES, Log, Steps, environment, step_numbers
 from study.results import is_finished, read_runs, summary
 from toy_math.rollouts import evaluate, sample_groups, samples_text
@@ -97,7 +98,11 @@ def train_policy(args, settings, folder, world, title=""):
             if run.schedule == "linear":
                 optimizer.param_groups[0]["lr"] = run.lr * (1 - step / run.steps)
             loss, coefficient = objective(b, run)  # --loss fpa: the gradient of losses.fpa_loss
-            grad_norm = update(model, optimizer, loss, may_skip=args.skip_nonfinite > 0)  # backward, clip at 1, AdamW
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = clip_grad_norm_(model.parameters(), 1.0)
+            if not args.skip_nonfinite or torch.isfinite(loss + grad_norm):  # a device waits for the loss only then
+                optimizer.step()  # AdamW's
             # ------------------------------------------------------------------
             log.add(**step_numbers(b, loss, grad_norm, coefficient))
         log.look(run.steps, model)

@@ -73,9 +73,8 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
         encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-        model = AutoModelForCausalLM.from_pretrained(
-            sys.argv[1], use_safetensors=True
-        )  # no pickled weights, which can run code
+        # fp32, because a step of 1e-6 is lost in bf16 weights; no pickled weights, which can run code
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, use_safetensors=True)
         train(model, encode, tokenizer.eos_token_id, lr=1e-6)
     else:
         train(*tiny())

@@ -24,7 +24,8 @@ class FPATrainer(DPOTrainer):
         ids, mask = inputs["input_ids"], inputs["completion_mask"][:, 1:].bool()  # (B, T), (B, T - 1); correct rows first
 
         def states(policy):  # of the positions that predict a completion token (N, D)
-            return policy.base_model(ids, attention_mask=inputs["attention_mask"]).last_hidden_state[:, :-1][mask]
+            with self.accelerator.autocast():  # which accelerate puts around the whole model's forward only
+                return policy.base_model(ids, attention_mask=inputs["attention_mask"]).last_hidden_state[:, :-1][mask]
 
         with torch.no_grad():
             ref_states = states(self.ref_model)

@@ -37,6 +37,8 @@ class Exam:
 
     def __init__(self, args, folder, data):
         path = beside_of(args.data)
+        if not path.exists():
+            raise UserError(f"{path}: gone; --eval-problems asks as full_scale.rollouts says there that it asked")
         made = read_json(path)
         try:
             self.asked, date = SimpleNamespace(**made["asked"]), datetime.datetime.fromisoformat(made["date"])

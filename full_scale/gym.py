@@ -153,11 +153,17 @@ def run(argv=None):
         parser.error(f"argument --to: needs {len(args.count)} different files, one for each --count, not {len(args.to)}")
     with command(parser.prog, "nothing was written", args.to[0]):
         lines = draw(args.task, {"seed": args.seed, "size": DRAWS * sum(args.count), **dict(args.config)}, sum(args.count))
+        files = {}  # {path: its problems}
         for path, wanted in zip(args.to, args.count):
-            some, lines = lines[:wanted], lines[wanted:]
+            files[path], lines = lines[:wanted], lines[wanted:]
+        texts = {path: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in some) for path, some in files.items()}
+        for path, text in texts.items():
+            if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+                raise UserError(f"{path} holds something else: name another --to, or remove it")
+        for path, some in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in some))
-            print(f"{path}: {wanted} problems of {args.task}, such as {some[0]['problem'][:80]!r}, {some[0]['answer']!r}")
+            write_text(path, texts[path])
+            print(f"{path}: {len(some)} problems of {args.task}, such as {some[0]['problem'][:80]!r}, {some[0]['answer']!r}")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ def agreed(value):
     return box[0]
 
 
+def by_first(work):
+    """What work() returns in the first process, which alone calls it, in all of them."""
+    return agreed(work() if is_first() else None)
+
+
 def summed(values):
     """A tensor's sum over processes, in place."""
     dist.all_reduce(values)

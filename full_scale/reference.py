@@ -1,6 +1,6 @@
 """The reference policy without a second model: its hidden states are computed once and kept on disk, its head in memory.
 
-The cache is a folder for each checkpoint, data set, precision and number of processes, which all runs share. A
+The cache is a folder for each checkpoint, data set and precision, which all runs share. A
 hidden-*.safetensors file holds the hidden states of some rows' completion tokens, for losses that look at the future policy.
 sums.safetensors holds every row's logp_sum, and mismatched.safetensors KTO's. Each has its checksum beside it.
 """
@@ -20,7 +20,7 @@ from plumbing.log import progress
 
 from .data import pack
 from .policy import build, completion_hidden, head_of, logp_sums
-from .processes import agreed, is_first, say, summed
+from .processes import by_first, is_first, say, summed
 
 SHARD_BYTES = 2**30  # of hidden states in a file
 
@@ -32,7 +32,7 @@ def future_lam(run):
 
 
 def read_cache(folder):
-    """The names of the reference's files of hidden states, none of which may be wanted, or None where it is not there.
+    """The names of the files of hidden states: none if the cache holds only sums. None if there is no cache.
 
     Raises UserError where one is damaged or gone.
     """
@@ -60,9 +60,9 @@ class Reference:
         stored = future and args.reference == "cached"
         if future and args.reference == "live":
             self.live = build(args, model.folder, mesh).requires_grad_(False)
-        self.cache = args.out / "cache" / f"reference-{digest([key, args.precision, dist.get_world_size()])}"
+        self.cache = args.out / "cache" / f"reference-{digest([key, args.precision])}"
         began, size = time.time(), data.length.sum().item() * self.head.element_size() * self.head.shape[1] * stored
-        free, files = agreed((shutil.disk_usage(args.out).free, read_cache(self.cache)) if is_first() else None)
+        free, files = by_first(lambda: (shutil.disk_usage(args.out).free, read_cache(self.cache)))
         there = files is not None and (bool(files) or not stored)
         if not there:
             if size > free:
@@ -98,7 +98,7 @@ class Reference:
     def mismatched(self, micro_batch, model):
         """logp_sum (N,) of the completions after other prompts, computed where it is not there. Raises UserError."""
         path = self.cache / "mismatched.safetensors"
-        if not agreed(read_beside(path) is not None if is_first() else None):
+        if not by_first(lambda: read_beside(path) is not None):
             sums = self.sums(micro_batch, model, self.data.other_prompt)
             if is_first():
                 write_tensors(path, {"logp_sum": sums})

@@ -50,8 +50,7 @@ from .gguf_file import named
 from .load_hf import checkpoint_key, fetch, load_pretrained
 from .prompts import PROMPT, ChatTokenizer
 from .published import checkpoint_name
-from .rows import read_rollouts  # noqa: F401 (what is written here is read there)
-from .verdict import final_answer, gold_answer, is_correct, vote  # noqa: F401 (final_answer and is_correct: names of this file)
+from .verdict import gold_answer, vote
 
 AT_ONCE = 64  # sequences that model.py samples together
 
@@ -172,8 +171,9 @@ def vllm_sampler(args, asked, folder, date):
     engine = LLM(model=str(folder), tensor_parallel_size=args.gpus)
 
     def sample(prompts, counts, seed):
+        most = max(counts)  # vLLM gives a prompt's samples the seeds from its own one on, so the prompts' lie apart
         asked = [
-            SamplingParams(n=wanted, temperature=args.temperature, max_tokens=args.max_tokens, seed=seed + i, stop=texts,
+            SamplingParams(n=wanted, temperature=args.temperature, max_tokens=args.max_tokens, seed=seed + i * most, stop=texts,
                            stop_token_ids=sorted(tokenizer.stops), skip_special_tokens=False)
             for i, wanted in enumerate(counts)
         ]  # fmt: skip

@@ -36,6 +36,7 @@ from plumbing.files import (
     locked,
     one_line,
     printable_path,
+    read_json,
     remove_leftovers,
     write_json,
 )
@@ -61,9 +62,10 @@ from .exam import MOST_SAMPLES, Exam
 from .load_hf import ChatTokenizer, checkpoint_key, fetch, save_pretrained
 from .log import Log, Steps
 from .policy import build, completion_hidden, head_of, logp_sums
-from .processes import agreed, is_first, say, start_processes, stopped, summed, summed_by_name
+from .processes import by_first, is_first, say, start_processes, stopped, summed, summed_by_name
 from .published import checkpoint_name
 from .reference import Reference, future_lam
+from .rollouts import beside_of
 from .store import ShardedStore
 
 MONITORED = 32  # correct, and as many incorrect, rows whose log-probabilities are logged
@@ -166,7 +168,8 @@ def run_settings(args, data, folder, exam):
     """{a run's name: its config.json but for what is measured}. Checkpoint and data are named by content, not by place."""
     name, prompts = checkpoint_name(args.init), data.prompt_length
     problems = sorted({tuple(ids[:start].tolist()) for ids, start in zip(data.tokens, prompts.tolist())})
-    shared = {"format": FORMAT, "init": name, "checkpoint": agreed(checkpoint_key(folder)), "problems": digest(problems)}
+    key = by_first(lambda: checkpoint_key(folder))
+    shared = {"format": FORMAT, "init": name, "checkpoint": key, "problems": digest(problems)}
     shared |= {"prompts": len(problems), "rows": len(data.reward), "rollouts": round(len(data.reward) / len(problems))}
     names = ("steps", "batch_size", "eval_every", "warmup", "max_length", "precision")
     shared |= {"monitored": MONITORED, **{name: getattr(args, name) for name in names}, **(exam.settings if exam else {})}
@@ -185,13 +188,14 @@ def train(args, mesh):
     """
     for line in reinterpreted(args, LOSSES, HYPERPARAMETERS):
         say(line)
-    folder = agreed(fetch(args.init)) if is_first() else agreed(None)
+    folder = by_first(lambda: fetch(args.init))
     tokenizer = ChatTokenizer(folder)
-    tokenizer.use_template({}, agreed(first_date(tokenizer, args.out) if is_first() else None))
+    tokenizer.use_template({}, by_first(lambda: first_date(tokenizer, args.out)))
     data = read_data(args, tokenizer, mismatched=any("z0" in LOSSES[name].inputs for name in args.loss))
     exam = Exam(args, folder, data) if args.eval_problems else None
     runs = run_settings(args, data, folder, exam)
-    finished = agreed([name for name in runs if is_finished(args.out / name, args)])
+    warn_of_others(args, next(iter(runs.values()))["checkpoint"])
+    finished = by_first(lambda: [name for name in runs if is_finished(args.out / name, args)])
     for name in finished:
         say(f"already finished: {args.out / name}")
         shutil.rmtree(args.out / name / "checkpoint", ignore_errors=True)  # left by an end just after the result was written
@@ -202,6 +206,14 @@ def train(args, mesh):
         for name in todo if is_first() else ():
             locks.enter_context(locked(args.out / "cache" / f"{name}.lock", args.out / name))
         train_all(args, todo, data, folder, exam, mesh)
+
+
+def warn_of_others(args, checkpoint):
+    """Print a line where the file beside the rollouts says that another checkpoint sampled them, which is no reference then."""
+    path = beside_of(args.data)
+    sampled = by_first(lambda: read_json(path).get("checkpoint") if path.exists() else None)
+    if sampled not in (None, checkpoint):
+        say(f"warning: {args.data} was sampled by another checkpoint than {args.init}, as {path} says")
 
 
 def is_finished(run_folder, args):
@@ -223,7 +235,7 @@ def train_all(args, todo, data, folder, exam, mesh):
             fit(args, run, data, reference, model, args.out / name, exam)
         except NonFiniteError as found:
             say(f"failed: {args.out / name}: {found}")
-            error = error or found
+            error = error or found.with_traceback(None)  # whose frames would keep the model
         del model
         gc.collect()  # a sharded model refers to itself, and the next one needs its memory
     if error:
@@ -312,11 +324,12 @@ def add_flags(parser):
     add = parser.add_argument_group("machine").add_argument
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of the products; weights, gradients and moments "
         "are fp32. auto: bf16 on GPUs")  # fmt: skip
-    add("--reference", default="cached", choices=["cached", "live"], help="its hidden states, from disk or from a second model")
+    add("--reference", default="cached", choices=["cached", "live"], help="where the reference's hidden states come from: the "
+        "disk, or a second model in memory")  # fmt: skip
     add("--recompute", default=True, action=argparse.BooleanOptionalAction, help="activations in backward: less memory")
     add("--save-every", default=100, type=count, metavar="N", help="steps between checkpoints")
     add("--save-model", default=True, action=argparse.BooleanOptionalAction, help="write the trained checkpoint; without it "
-        "a run leaves its log alone")  # fmt: skip
+        "a run keeps only its log")  # fmt: skip
     add("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on with an interrupted run from its last "
         "checkpoint, or begin it anew")  # fmt: skip
     add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder of the runs and of the reference's cache")
@@ -357,7 +370,7 @@ def run(argv=None):
         code = 0 if dist.get_world_size() == 1 else 128 + signal.SIGPIPE
     except (UserError, NonFiniteError, OSError, torch.OutOfMemoryError) as error:
         code = 3 if isinstance(error, NonFiniteError) else 2
-        if is_first():
+        if is_first() or not isinstance(error, (UserError, NonFiniteError)):  # these are the same in every process
             print(f"python -m full_scale.train: error: {one_line(error, args.out)}", file=sys.stderr, flush=True)
     except Interrupted as signalled:
         code = 128 + signalled.args[0]

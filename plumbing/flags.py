@@ -242,13 +242,15 @@ def method_words(method, hyperparameters):
 
 
 def reinterpreted(args, losses, hyperparameters):
-    """What the flags ask for under another name, a line each."""
+    """What the flags ask for under another name, and what --lam turns into its FPA form, a line each."""
     said = []
     for loss in args.loss:
         for method in methods(argparse.Namespace(**{**vars(args), "loss": [loss]}), losses, hyperparameters):
             name = method["loss"]
             if name != loss and not (losses[name].form_of and name in args.loss):  # beside its FPA form it stays plain
                 said.append(f"--loss {loss} with --lam {method.get('lam', 0):g} is {name}")
+            elif losses[name].has_fpa_form and not losses[name].form_of and method.get("lam"):
+                said.append(f"--loss {loss} with --lam {method['lam']:g} is its FPA form")
     return list(dict.fromkeys(said))
 
 

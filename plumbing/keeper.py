@@ -174,16 +174,12 @@ def warmup_cosine(step, warmup, steps):
     return min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def update(model, optimizer, loss, may_skip=False):
-    """One optimizer step, its gradient clipped at norm 1 -> the norm before clipping.
-
-    Where the step may be skipped and is not finite, the weights stay. A device waits for the loss only then.
-    """
+def update(model, optimizer, loss):
+    """One optimizer step, its gradient clipped at norm 1 -> the norm before clipping."""
     optimizer.zero_grad()
     loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if not may_skip or torch.isfinite(loss + grad_norm):
-        optimizer.step()
+    optimizer.step()
     return grad_norm
 
 

@@ -31,19 +31,15 @@ def rescaled(batch, run):
     return loss / (coefficient * batch.length).mean(), coefficient
 
 
-def unclipped(model, optimizer, loss, may_skip=False):
-    """plumbing's update without its clipping."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
-    optimizer.step()
-    return norm
+def unclipped(parameters, most):
+    """clip_grad_norm_ without its clipping."""
+    return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
 
 
 def train_one(args, name, settings):
     """train.py's, with the changes that the settings name. For a process of its own."""
     changes = {"objective": rescaled} if "scale" in settings else {}
-    changes |= {"adamw": torch.optim.SGD, "update": unclipped} if "optimizer" in settings else {}
+    changes |= {"adamw": torch.optim.SGD, "clip_grad_norm_": unclipped} if "optimizer" in settings else {}
     changed.train_one(args, name, settings, changes)
 
 

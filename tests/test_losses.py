@@ -111,7 +111,7 @@ def random_logp_sum(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("name", OFFLINE)
-def test_the_coefficient_is_the_gradient_of_the_published_loss(name):
+def test_the_coefficient_is_the_gradient_of_the_loss(name):
     leaf = random_logp_sum().requires_grad_()
     batch = batch_of(leaf)
     values, coefficient = LOSSES[name](batch, run_of(name))

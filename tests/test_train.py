@@ -542,7 +542,8 @@ def test_loss_names_in_any_case_and_with_hyphens():
         ("--loss fpa --lam 0", ["--loss fpa with --lam 0 is off_rl"]),
         ("--loss off_rl --lam 0 2", ["--loss off_rl with --lam 2 is fpa"]),
         ("--loss off_rl fpa --lam 2", []),
-        ("--loss dpo --lam 0 2", []),
+        ("--loss dpo --lam 0 2", ["--loss dpo with --lam 2 is its FPA form"]),
+        ("--loss topr future_topr kto", []),
         ("", []),
     ],
 )

@@ -333,6 +333,9 @@ def test_the_readmes_numbers_are_those_of_the_results():
         found = [results.mean_and_interval(number.values) for number in measured if len(number.values)]
         assert (mean, half) in [(f"{sign * m:.{places}f}", f"{h:.{places}f}") for m, h in found], (mean, half, name)
     assert all("lr 2e-05" in number.text and number.supports() for number in claimed()["C10"][:2])  # a forecast there
+    prolonged = results.fpa_runs(results.where(runs(), loss="fpa", steps=4000, lr=2e-4))
+    greedy = [[run.log["accuracy_greedy"][at] for run in prolonged if run.config["prompts"] == 1024] for at in (0, -1)]
+    assert "greedy accuracy falls from {:.2f} to {:.2f}".format(*map(statistics.mean, greedy)) in text
 
 
 def test_the_findings_numbers_are_those_of_results_md():

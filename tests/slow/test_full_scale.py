@@ -18,8 +18,9 @@ import full_scale.evaluate
 import full_scale.load_hf
 import full_scale.rollouts
 from full_scale.load_hf import ChatTokenizer, load_pretrained, save_pretrained
-from full_scale.rollouts import is_correct, read_problems
+from full_scale.rollouts import read_problems
 from full_scale.rows import read_rollouts
+from full_scale.verdict import is_correct
 from plumbing.files import UserError
 
 ROLLOUTS = ROOT / "tests" / "rollouts.jsonl"

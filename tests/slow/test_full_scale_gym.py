@@ -37,7 +37,12 @@ def test_the_files_of_a_command_share_no_problem(tmp_path):
         terms = expression.replace("- ", "-").replace("+ ", "").split()
         assert len(terms) == 3 and int(line["answer"]) == sum(map(int, terms))
     assert problems(tmp_path, "--count", 28) == [one + other]
-    assert problems(tmp_path, "--count", 28, "--seed", 1)[0] != one + other
+    assert problems(tmp_path, "--count", 28) == [one + other]  # the same again
+    write(tmp_path / "mine.jsonl", {"problem": "1", "answer": "1"})
+    words = ["--count", 20, 8, "--to", tmp_path / "new.jsonl", tmp_path / "mine.jsonl"]
+    done = run_module("gym", "chain_sum", *words)
+    assert done.returncode == 2 and "mine.jsonl holds something else" in done.stderr and not (tmp_path / "new.jsonl").exists()
+    assert problems(tmp_path, "--count", 28, "--seed", 1, to=("another.jsonl",))[0] != one + other
 
 
 @here

@@ -477,6 +477,12 @@ def test_vllm_is_asked_and_heard_the_same_way(tmp_path, monkeypatch):
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids)) for ids in said])]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **words: words))
+    args = SimpleNamespace(gpus=1, temperature=1.0, max_tokens=9)
+    asked = SimpleNamespace(template=True, template_arg=[], stop=[], shots=[])
+    full_scale.rollouts.vllm_sampler(args, asked, tmp_path, datetime.datetime.now())[0]([[1], [2], [3]], [3, 1, 2], 5)
+    taken = [seed for words in seen[4:] for seed in range(words["seed"], words["seed"] + words["n"])]
+    assert len(taken) == len(set(taken)) == 6  # vLLM counts on from a prompt's seed
+    seen.clear()
     rows = sample(tmp_path, "--n", 3, "--engine", "vllm", "--gpus", 2, "--stop", "Q:")
     assert seen[0] == {"model": str(tmp_path), "tensor_parallel_size": 2}
     assert seen[1] == {"prompt_token_ids": tokenizer.encode(tokenizer.ask("What is 1+1?"), special=False)}

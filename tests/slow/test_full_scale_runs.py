@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -101,9 +102,18 @@ def test_a_run_that_is_not_finite_ends_no_other(checkpoint, tmp_path, monkeypatc
         loss, coefficient = original(batch, run)
         return loss * (math.nan if run.loss == "off_rl" else 1.0), coefficient
 
+    built, models = full_scale.train.build, []
+
+    def watched(*words):
+        assert not [model for model in models if model()]  # the failed run's is gone, and its memory with it
+        model = built(*words)
+        models.append(weakref.ref(model))
+        return model
+
     monkeypatch.setattr(full_scale.train, "objective", broken)
+    monkeypatch.setattr(full_scale.train, "build", watched)
     done = train(checkpoint, tmp_path, "--loss", "off_rl", "fpa")
-    assert done.returncode == 3 and done.stderr.count("\n") == 1 and "step 1: loss nan" in done.stderr
+    assert done.returncode == 3 and done.stderr.count("\n") == 1 and "step 1: loss nan" in done.stderr and len(models) == 2
     assert [path.parent.name.split("-")[1] for path in tmp_path.glob("*/model")] == ["fpa"]
 
 
@@ -250,7 +260,7 @@ def test_an_exam_that_cannot_be_held_is_one_line(asked, tmp_path):
     folder, data, held_out = asked
     made = json.loads(data.with_name("rollouts.jsonl.json").read_text())
     cases = {
-        "rollouts of others": ({}, None, "rollouts.jsonl.json: No such file"),
+        "rollouts of others": ({}, None, "rollouts.jsonl.json: gone; --eval-problems asks as"),
         "without how they were asked": ({}, {"date": made["date"]}, "rollouts.jsonl.json: does not say how these"),
         "without the shots": ({}, {**made, "asked": {"fields": ["problem", "answer"]}}, "does not say how these rollouts were"),
         "no date": ({}, {**made, "date": 3}, "rollouts.jsonl.json: does not say how these rollouts were asked"),
@@ -268,6 +278,17 @@ def test_an_exam_that_cannot_be_held_is_one_line(asked, tmp_path):
         done = train(folder, place / "runs", *flags, data=place / "rollouts.jsonl")
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, (name, done.stderr)
         assert not list(place.glob("runs/*/*")), name
+
+
+def test_rollouts_of_another_checkpoint_get_a_warning(asked, tmp_path):
+    folder, data, _ = asked
+    made = json.loads(data.with_name("rollouts.jsonl.json").read_text())
+    for place, key in (("own", made["checkpoint"]), ("other", "0123456789abcdef")):
+        (tmp_path / place).mkdir()
+        shutil.copy(data, tmp_path / place / "rollouts.jsonl")
+        (tmp_path / place / "rollouts.jsonl.json").write_text(json.dumps({**made, "checkpoint": key}))
+        done = train(folder, tmp_path / place / "runs", data=tmp_path / place / "rollouts.jsonl")
+        assert done.returncode == 0 and ("was sampled by another checkpoint than" in done.stdout) == (place == "other")
 
 
 # --- worked examples before each problem

@@ -28,7 +28,8 @@ import full_scale.rollouts
 import full_scale.store
 import full_scale.train
 from full_scale.load_hf import load_pretrained, save_pretrained
-from full_scale.rollouts import is_correct, read_problems
+from full_scale.rollouts import read_problems
+from full_scale.verdict import is_correct
 from losses import LOSSES, token_logps
 from plumbing import files
 

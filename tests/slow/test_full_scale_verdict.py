@@ -20,8 +20,8 @@ from test_full_scale_training import run_module
 from torch.nn.utils.rnn import pad_sequence
 
 import full_scale.rollouts
-from full_scale.rollouts import is_correct, read_problems
-from full_scale.verdict import final_answer, gold_answer, vote
+from full_scale.rollouts import read_problems
+from full_scale.verdict import final_answer, gold_answer, is_correct, vote
 from plumbing.files import UserError
 
 generated = hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
