@@ -34,7 +34,7 @@ class GPTConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = False  # Qwen2.5 has it, Llama does not
     tied_head: bool = True
-    # None in the toy, whose settings leave them out: a new one changes no digest
+    # a new field must default to None: None is left out of the hash of a run's settings, so old hashes stay valid
     own_head_dim: int | None = None  # where it is not d_model / n_heads: Qwen3
     qk_norm: bool | None = None  # Qwen3 normalises queries and keys
     rope_scaling: tuple | None = None  # Llama 3.1's factor, low and high frequency factor, and original number of positions
@@ -68,7 +68,7 @@ def rotary_table(positions, config):
     """cos and sin of every position's rotation angles, (T, head_dim) each, the two halves alike (Su et al. 2021)."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
     frequency = config.rope_theta**-exponent
-    if config.rope_scaling:  # slow turns slower still, so that a longer context has no angle that the original had not
+    if config.rope_scaling:  # low frequencies are divided, so that positions beyond the original context give no new angles
         factor, low, high, original = config.rope_scaling
         turns = original * frequency / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)

@@ -203,7 +203,7 @@ def main(args, runs=None):
     for name in finished:
         print(f"already finished: {args.out / name}   (--force runs it anew)")
     todo = {name: settings for name, settings in runs.items() if name not in finished}
-    # counted over all runs, so that an interrupted command splits the threads as before
+    # of all runs, finished ones too, so that a resumed command gives each run as many threads as before
     count = min(args.jobs or (torch.get_num_threads() if args.device == "cpu" else 1), len(runs))
     with contextlib.ExitStack() as locks:
         for name in todo:

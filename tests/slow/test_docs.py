@@ -346,6 +346,14 @@ def test_the_findings_numbers_are_those_of_results_md():
         assert f" {number}" in written or f" -{number}" in written, number
 
 
+def test_the_verdicts_beside_the_paper_are_those_of_results_md():
+    verdicts = dict(re.findall(r"(?m)^\| (C\d+): .*\*\*([a-z ]+)\*\*", (RESULTS / "results.md").read_text()))
+    rows = table(Path("docs/findings.md"), "the paper reports")
+    assert len(rows) == 5
+    for _, names, here in rows:
+        assert {verdicts[name] for name in names.split(", ")} == {here.split(",")[0]}, names
+
+
 @functools.cache
 def real_claims():
     """{name: Claim} of the published model."""
