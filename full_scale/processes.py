@@ -1,5 +1,6 @@
 """One process, or several behind torchrun: how they start, agree and add up. torch.distributed serves both."""
 
+import datetime
 import os
 import signal
 
@@ -15,8 +16,8 @@ def start_processes():
     if device == "cuda":
         backend, mine = "nccl", torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(mine)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=mine)
+    if "RANK" in os.environ:  # the others wait where the first one downloads a checkpoint or checks a large file
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2), device_id=mine)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=mine)
     return init_device_mesh(device, (dist.get_world_size(),))

@@ -5,6 +5,7 @@ hidden-*.safetensors file holds the hidden states of some rows' completion token
 sums.safetensors holds every row's logp_sum, and mismatched.safetensors KTO's. Each has its checksum beside it.
 """
 
+import contextlib
 import shutil
 import time
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from losses import LOSSES
-from plumbing.files import UserError, digest, read_beside, write_beside, write_tensors
+from plumbing.files import UserError, digest, locked, read_beside, write_beside, write_tensors
 from plumbing.log import progress
 
 from .data import pack
@@ -62,17 +63,21 @@ class Reference:
             self.live = build(args, model.folder, mesh).requires_grad_(False)
         self.cache = args.out / "cache" / f"reference-{digest([key, args.precision])}"
         began, size = time.time(), data.length.sum().item() * self.head.element_size() * self.head.shape[1] * stored
-        free, files = by_first(lambda: (shutil.disk_usage(args.out).free, read_cache(self.cache)))
-        there = files is not None and (bool(files) or not stored)
-        if not there:
-            if size > free:
-                raise UserError(f"{args.out}: the reference takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-            self.compute(args.micro_batch, model, stored)
-        say(f"reference     {'cached  ' if there else f'{time.time() - began:6.1f} s'}     {self.cache}   {size / 1e9:.1f} GB")
-        sums = load_file(self.cache / "sums.safetensors")
-        self.logp_sum, self.seconds = sums["logp_sum"], sums["seconds"]
-        if data.other_prompt is not None:
-            self.mismatched_logp_sum = self.mismatched(args.micro_batch, model)
+        with contextlib.ExitStack() as stack:  # another command may be computing it
+            if is_first():
+                stack.enter_context(locked(self.cache.with_suffix(".lock"), self.cache, wait=True))
+            free, files = by_first(lambda: (shutil.disk_usage(args.out).free, read_cache(self.cache)))
+            there = files is not None and (bool(files) or not stored)
+            if not there:
+                if size > free:
+                    raise UserError(f"{args.out}: the reference takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+                self.compute(args.micro_batch, model, stored)
+            said = "cached  " if there else f"{time.time() - began:6.1f} s"
+            say(f"reference     {said}     {self.cache}   {size / 1e9:.1f} GB")
+            sums = load_file(self.cache / "sums.safetensors")
+            self.logp_sum, self.seconds = sums["logp_sum"], sums["seconds"]
+            if data.other_prompt is not None:
+                self.mismatched_logp_sum = self.mismatched(args.micro_batch, model)
         self.find_hidden()
 
     def find_hidden(self):

@@ -519,6 +519,18 @@ def test_a_second_training_of_a_run_is_refused(checkpoint, tmp_path, monkeypatch
     assert done.returncode == 2 and f"is being worked on by process {os.getpid()}" in done.stderr
 
 
+def test_a_reference_that_another_command_computes_is_waited_for(checkpoint, tmp_path):
+    assert run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK).returncode == 0
+    (cache,) = tmp_path.glob("cache/reference-*")
+    words = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--seed", 1]
+    command = [sys.executable, "-u", "-m", "full_scale.train", *map(str, words)]
+    with files.locked(cache.with_suffix(".lock"), cache):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert next(line for line in process.stdout if "reference" in line).startswith("waiting: ")
+    rest = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "reference     cached" in rest
+
+
 def test_a_damaged_reference_is_one_line(checkpoint, tmp_path):
     train(checkpoint, tmp_path)
     shutil.rmtree(next(tmp_path.glob("*-fpa-*")))
