@@ -223,7 +223,7 @@ def run(argv=None):
         print(summary(runs))
         draw_figures(runs, to)
         if args.html:
-            page.write_page(runs, page.judged(runs), to / "report.html")
+            page.write_page([runs], page.judged(runs), to / "report.html")
             print(f"page          {to / 'report.html'}")
 
 

@@ -2,7 +2,7 @@
 
 entanglement.csv   (claim C2): norms and inner products of the trajectories' gradients, and what a step of the run's own loss on
                    a pair does to its correct trajectory, an evaluation a row
-tokens.csv         every token of some pairs: its log-ratio, and its log-probability under the reference and the future policy
+tokens.csv         every token of some pairs: its log-ratio, and its log-probability under π_ref and under π̂ of four λ
 extrapolation.csv  (claim C10): how far the future policy of step t is from the policy of a later step t', against the present's
 batch.csv          (claims N1, N3): what a step of the run's own loss on all of the pairs does to their correct rows, and its
                    coefficients, a step a row
@@ -17,7 +17,8 @@ from losses import LOSSES, future_logits, objective, token_logps
 from plumbing.batches import pair_order
 from plumbing.files import write_csv
 
-PAIRS, TOKEN_PAIRS = 32, 16
+PAIRS = 32
+TOKEN_LAMS = (1, 2, 5, 10)  # of tokens.csv
 SNAPSHOTS = [10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960]  # so that t' = (1 + lam) t is among them
 LAMS = [0.5, 1, 2, 3, 5, 7]
 EARLY, LATER = 200, 20  # batch.csv has each of the first EARLY steps, then every LATER-th
@@ -94,28 +95,23 @@ def entanglement(model, rollouts, pairs, run, add_logps):
 
 
 @torch.no_grad()
-def token_logratios(model, rollouts, pairs, lam):
-    """Rows of tokens.csv: for each pair and side the tokens' log-ratios, and the first token at which the two sides differ.
+def token_rows(logits, b, first, written):
+    """Rows of tokens.csv, of logits (2P, T, V) of a batch: a correct and an incorrect rollout of each pair in turn.
 
-    It is the incorrect side's first wrong token where no step of the correct side is wrong. Beside the log-ratios stand the
-    log-probabilities under the reference and under the future policy of lam.
+    first: for each pair, the first token at which the two sides differ. It is the incorrect side's first wrong token where no
+    step of the correct side is wrong. written: a list of token ids -> text.
     """
-    rows = []
-    for number, (pair, first) in enumerate(zip(pairs, parting(rollouts, pairs).tolist())):
-        b = rollouts[pair]
-        logits = model(b.inputs, b.start)
-        logps, ref_logps, future_logps = (
-            token_logps(some, b.tokens, b.mask) for some in (logits, b.ref_logits, future_logits(logits, b.ref_logits, lam))
-        )
-        for side, name in enumerate(("correct", "incorrect")):
-            length = b.length[side]
-            ids = b.tokens[side, 1 : 1 + length].tolist()
-            columns = {"logratios": logps - ref_logps, "ref_logps": ref_logps, "future_logps": future_logps}
-            texts = {
-                key: " ".join(f"{round(x, 3) + 0.0:g}" for x in values[side, :length].tolist())  # + 0.0: no "-0"
-                for key, values in columns.items()
-            }
-            rows.append({"pair": number, "side": name, "first_wrong": first, "tokens": " ".join(map(str, ids)), **texts})
+    logps, ref_logps = (token_logps(some, b.tokens, b.mask) for some in (logits, b.ref_logits))
+    columns, rows = {"logratios": (logps - ref_logps, 3), "ref_logps": (ref_logps, 3)}, []  # and how many decimals
+    for lam in TOKEN_LAMS:
+        columns[f"future_logps_{lam}"] = token_logps(future_logits(logits, b.ref_logits, lam), b.tokens, b.mask), 2
+    for row, kept in enumerate(b.mask[:, 1:]):
+        texts = {
+            name: " ".join(f"{round(x, decimals) + 0.0:g}" for x in values[row, kept].tolist())  # + 0.0: no "-0"
+            for name, (values, decimals) in columns.items()
+        }
+        names = {"pair": row // 2, "side": ("correct", "incorrect")[row % 2], "first_wrong": first[row // 2]}
+        rows.append({**names, "tokens": written(b.tokens[row, 1:][kept].tolist()), **texts})
     return rows
 
 
@@ -169,15 +165,15 @@ def extrapolation(snapshots, later, b):
 class Observer:
     """Call it before every step and after the last one; it measures and writes the tables. A part of a checkpoint.
 
-    It observes the first pairs that a loss on pairs would train on. `run` holds the loss, whose C it takes, and the λ of
-    tokens.csv's future policy. add_logps is train.py's. Raises UserError where there are no pairs.
+    It observes the first pairs that a loss on pairs would train on. `run` holds the loss, whose C it takes. add_logps is
+    train.py's. Raises UserError where there are no pairs.
     """
 
     def __init__(self, model, rollouts, run, folder, add_logps):
         self.model, self.rollouts, self.run, self.folder, self.add_logps = model, rollouts, run, folder, add_logps
         pairs = pair_order(rollouts.reward, rollouts.problem_ids, 1, 2 * PAIRS, run.seed).view(2, -1).T  # (P, 2)
         self.pairs = pairs.to(rollouts.reward.device)
-        self.token_pairs = self.pairs[rollouts.clean[self.pairs[:, 0]]][:TOKEN_PAIRS]
+        self.token_pairs = self.pairs[rollouts.clean[self.pairs[:, 0]]]
         self.snapshots, self.tables = {}, {}  # {step: completion logits}, {file name without .csv: rows}
 
     def __call__(self, step, at_evaluation):
@@ -191,8 +187,7 @@ class Observer:
         if at_evaluation:
             measured = entanglement(self.model, self.rollouts, self.pairs, self.run, self.add_logps)
             added["entanglement"] = [{"step": step, **measured}]
-            tokens = token_logratios(self.model, self.rollouts, self.token_pairs, self.run.lam)
-            added["tokens"] = [{"step": step, **row} for row in tokens]
+            added["tokens"] = [{"step": step, **row} for row in self.tokens()]
         if step < EARLY or step % LATER == 0:
             measured = batch_gradients(self.model, self.rollouts, self.pairs, self.run, self.add_logps)
             added["batch"] = [{"step": step, **measured}]
@@ -200,6 +195,11 @@ class Observer:
             if new:
                 self.tables[name] = [*self.tables.get(name, []), *new]
                 write_csv(self.folder / f"{name}.csv", self.tables[name])
+
+    @torch.no_grad()
+    def tokens(self):
+        b, first = self.rollouts[self.token_pairs.flatten()], parting(self.rollouts, self.token_pairs).tolist()
+        return token_rows(self.model(b.inputs, b.start), b, first, lambda ids: " ".join(map(str, ids)))
 
     def state(self):
         return {"tables": self.tables, "snapshots": {str(step): logits for step, logits in self.snapshots.items()}}

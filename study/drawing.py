@@ -19,9 +19,11 @@ from matplotlib.lines import Line2D
 
 from plumbing.files import replacing
 from study.results import by, by_method, describe, final, fpa_runs, label, mean_and_interval, where
+from toy_math.tokenizer import ALPHABET
 
 PI, PIHAT = r"$\bar{\pi}$", r"future $\bar{\pi}$"  # trajectory probability under the present and under the future policy
 CORRECTNESS = {"correct": "-", "incorrect": "--"}  # line styles
+CHARACTERS = ALPHABET + "▪▪▪"  # ▪: EOS
 MOST_LINES = 7  # in a panel; more cannot be told apart
 LAST_OR_BEST = {"Final accuracy": final, "Best accuracy": lambda run: run.log["accuracy"].max()}
 COLOURS = {  # Okabe and Ito's palette and some of Paul Tol's colours, safe for colour-blind readers
@@ -105,6 +107,11 @@ def few(runs, most=6):
 # --- single tokens
 
 HIT, MEDIAN = 0.1, 0.5  # shares of the recorded pairs that are dragged down more than the one shown
+
+
+def texts(tokens):
+    """The texts of a trace's tokens, as tokens.csv holds them: ids of the toy's tokenizer, or a JSON list of texts."""
+    return json.loads(tokens) if tokens.startswith("[") else [CHARACTERS[int(token)] for token in tokens.split()]
 
 
 def by_drag(table):

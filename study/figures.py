@@ -26,6 +26,7 @@ from study.drawing import (
     pair_at,
     panel_accuracy,
     plt,
+    texts,
 )
 from study.results import (
     METRIC,
@@ -44,7 +45,6 @@ from study.results import (
     where,
     with_table,
 )  # fmt: skip
-from toy_math.tokenizer import ALPHABET
 
 ONLINE_OR_NOT = (("off_rl", False), ("fpa", True), ("grpo", False))
 MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast")  # and no intervals
@@ -374,7 +374,7 @@ def token_lines(run, pair, side):
     steps = table["step"][at]
     shown = dict.fromkeys(np.abs(steps - share * steps[-1]).argmin() for share in (0.1, 0.5, 1))
     lines = [[float(ratio) for ratio in table["logratios"][at[i]].split()] for i in shown]
-    characters = [(ALPHABET + "▪▪▪")[int(token)] for token in table["tokens"][at[0]].split()]  # ▪: EOS
+    characters = texts(table["tokens"][at[0]])
     return lines, [f"{label(run.method)}  step {steps[i]:.0f}" for i in shown], characters, table["first_wrong"][at[0]]
 
 

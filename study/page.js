@@ -35,19 +35,20 @@ function step(loss, h, ref, rows, lam, lr) {
   return next;
 }
 
-// C |y| of the loss `power`: FPA's with pi (pi / pi_ref)^lam for pi_hat, without its normaliser. Of a row's means over tokens.
-function productBar(refLogp, ratio, lam) { return Math.exp(Math.min(0, refLogp + (1 + lam) * ratio)); }
-
 // --- state: it lives in the address behind #; what is not there, or is no good, is the default
 
 const STEPS = 200, HOLD = 0.5, SHARED = 0.8;
-const LAST = data.steps.length - 1, PAIRS = data.pairs.length;
 const RANGES = { // name: [default, least, most]
-  lam: [2, 0, 10], wrong: [2, 1, 4], start: [0.05, 0.02, 0.5], t: [0, 0, STEPS],
-  step: [LAST, 0, LAST], pair: [Math.floor(data.hit * PAIRS), 0, PAIRS - 1],
+  lam: [2, 0, 10], wrong: [2, 1, 4], start: [0.05, 0.02, 0.5], t: [0, 0, STEPS], set: [0, 0, data.sets.length - 1],
   side: [0, 0, 1], token: [-1, -1, 999], // -1: the one that lost most
 };
-const WHOLE = ["wrong", "t", "step", "pair", "side", "token"];
+function rangeOf(name, set) { // a set of runs has its own steps and pairs
+  if (name === "step") return [data.sets[set].steps.length - 1, 0, data.sets[set].steps.length - 1];
+  if (name === "pair") return [Math.floor(data.hit * data.sets[set].pairs.length), 0, data.sets[set].pairs.length - 1];
+  return RANGES[name];
+}
+const NUMBERS = [...Object.keys(RANGES), "step", "pair"]; // after the set
+const WHOLE = ["wrong", "t", "set", "step", "pair", "side", "token"];
 const TITLES = { bandit: "Bandit", two: "Two tokens", real: "Real tokens", claims: "Claims" };
 const CARDS = data.claims.cards;
 const WORDS = { // name: the default, and what else it may be
@@ -61,7 +62,8 @@ let state = {};
 function read() {
   const given = new URLSearchParams(location.hash.slice(1));
   const found = { right: /^[01]{4}$/.test(given.get("right")) ? given.get("right") : RIGHT };
-  for (const [name, [usual, least, most]] of Object.entries(RANGES)) {
+  for (const name of NUMBERS) {
+    const [usual, least, most] = rangeOf(name, found.set);
     const value = given.has(name) ? Number(given.get(name)) : NaN;
     found[name] = Number.isFinite(value) ? Math.min(most, Math.max(least, value)) : usual;
     if (WHOLE.includes(name)) found[name] = Math.round(found[name]);
@@ -73,7 +75,10 @@ function read() {
   }
   return found;
 }
-const usual = name => String(name === "right" ? RIGHT : name in RANGES ? RANGES[name][0] : (LISTS[name] || WORDS[name][0]));
+function usual(name) {
+  const range = rangeOf(name, state.set);
+  return String(name === "right" ? RIGHT : range ? range[0] : (LISTS[name] || WORDS[name][0]));
+}
 let waiting;
 function write() { // at most a few times a second, which browsers ask for
   waiting ??= setTimeout(() => {
@@ -118,7 +123,7 @@ function show(name, words) { // a slider and what is written beside it
 }
 
 // lines [{ x, y, colour, dash }] on axes; the cursor and the goal are a vertical and a horizontal line
-function chart(box, { lines, xs, ys, cursor, goal, dots = [], height = 150, label }) {
+function chart(box, { lines, xs, ys, cursor, goal, height = 150, label }) {
   const width = Math.max(box.clientWidth, 100), left = 34, right = 10, top = 8, bottom = 18;
   const X = v => left + (v - xs[0]) / (xs[1] - xs[0] || 1) * (width - left - right);
   const Y = v => height - bottom - (v - ys[0]) / (ys[1] - ys[0] || 1) * (height - top - bottom);
@@ -138,7 +143,6 @@ function chart(box, { lines, xs, ys, cursor, goal, dots = [], height = 150, labe
     const style = `stroke="${colour}" stroke-width="2.2" ${dash ? 'stroke-dasharray="5 4"' : ""}`;
     inside += `<polyline points="${points}" fill="none" ${style}/>`;
   }
-  for (const { x, y, colour } of dots) inside += `<circle cx="${X(x)}" cy="${Y(y)}" r="4" fill="none" stroke="${colour}"/>`;
   box.innerHTML = `<svg width="${width}" height="${height}" role="img" aria-label="${escaped(label)}">${inside}</svg>`;
   return v => xs[0] + (v - left) / (width - left - right) * (xs[1] - xs[0]); // from pixels back to x
 }
@@ -286,41 +290,51 @@ function drawTwo() {
   show("start", f2(state.start));
 }
 
-// --- real tokens: logs of runs, in thousandths of a nat
+// --- real tokens: logs of runs, of the toy and of a published model, one set at a time
 
-const SIDES = ["correct", "incorrect"], ROWS = ["upper", "lower"];
+const SIDES = ["correct", "incorrect"], ROWS = ["upper", "lower"], LAMS = data.lams; // π̂ is stored at these λ
 const EDGES = [-Infinity, -64, -32, -16, -8, -4, -2, -1, 0, 1, 2, Infinity];
 const binOf = x => EDGES.findIndex((edge, b) => x < EDGES[b + 1]);
-const total = xs => sum(xs) / 1000, average = xs => mean(xs) / 1000;
-const each = (name, f) => data.pairs.map(pair => pair[name].map(sides => sides.map(steps => steps.map(f))));
-const totals = each("ratios", total), averages = each("ratios", average), futures = each("future", average);
-const references = data.pairs.map(pair => pair.ref.map(average)); // [pair][side]; those above [pair][method][side][step]
-const dragOf = (i, m) => totals[i][m][0][state.step];
+const numbers = text => text.split(",").map(x => x / 1000); // nats; "" is 0
+const nested = (x, f) => Array.isArray(x) ? x.map(some => nested(some, f)) : f(x);
+const nearest = (xs, x) => xs.reduce((best, v, i) => Math.abs(v - x) < Math.abs(xs[best] - x) ? i : best, 0);
+const SETS = {};
+
+function prepare(set) { // what is counted once; lists are [pair][method][side][step], and futures have [λ] behind
+  const pairs = set.pairs.map(({ ratios, future, ref, ...pair }) =>
+    ({ ...pair, ratios: nested(ratios, numbers), future: nested(future, numbers), ref: ref.map(numbers) }));
+  for (const { ratios, future, ref } of pairs) future.forEach((sides, m) => sides.forEach((steps, side) =>
+    steps.forEach((lams, at) => lams.unshift(ref[side].map((x, t) => Math.min(0, x + ratios[m][side][at][t])))))); // λ = 0: π
+  const deep = (x, f) => Array.isArray(x[0]) ? x.map(some => deep(some, f)) : f(x);
+  const totals = pairs.map(pair => deep(pair.ratios, sum)), bars = pairs.map(pair => deep(pair.future, xs => Math.exp(mean(xs))));
+  const counted = (m, b, at) => totals.filter(of => binOf(of[m][0][at]) === b).length;
+  const counts = set.methods.map((_, m) => EDGES.slice(1).map((_, b) => set.steps.map((_, at) => counted(m, b, at))));
+  const most = Math.max(1, ...counts.flat().map(some => Math.max(...some.slice(1)))); // at first all are in one bar
+  return { ...set, pairs, totals, bars, counts, most, last: set.steps.length - 1 };
+}
+const real = () => SETS[state.set] ??= prepare(data.sets[state.set]);
+const dragOf = (i, m) => real().totals[i][m][0][state.step];
 
 function heat(v) { // red: it lost probability; blue: it gained
   const share = Math.min(1, Math.abs(v) / 4), end = v < 0 ? [178, 24, 43] : [33, 102, 172];
   return [`rgb(${end.map(c => Math.round(247 + (c - 247) * share))})`, share > 0.55 ? "#fff" : "#222"];
 }
-// C_l / C_w, of the means over all pairs: at any lam by the product, and by the future policy that the run had
-function brake(weight) { return mean(totals.map((_, i) => weight(i, 1))) / mean(totals.map((_, i) => weight(i, 0))); }
-const brakeAt = (m, at, lam) => brake((i, side) => productBar(references[i][side], averages[i][m][side][at], lam));
-const ownBrake = (m, at) => brake((i, side) => Math.exp(futures[i][m][side][at]));
+// C_l / C_w, of the means over all pairs
+function brake(m, at, l) { return mean(real().bars.map(of => of[m][1][at][l])) / mean(real().bars.map(of => of[m][0][at][l])); }
 
 function chosenToken() {
-  const { ratios, tokens } = data.pairs[state.pair], last = ratios[0][state.side][LAST];
-  return state.token < 0 ? last.indexOf(Math.min(...last)) : Math.min(state.token, tokens[state.side].length - 1);
+  const { ratios, tokens } = real().pairs[state.pair], end = ratios[0][state.side][real().last];
+  return state.token < 0 ? end.indexOf(Math.min(...end)) : Math.min(state.token, tokens[state.side].length - 1);
 }
 function makeReal() {
-  $("step").max = LAST;
-  $("pair").max = PAIRS - 1;
   for (const name of ["step", "pair"]) slider(name, drawReal);
-  const tick = () => { set({ step: Math.min(LAST, state.step + 1) }, drawReal); return state.step < LAST; };
-  player($("real-play"), "Play", 500, tick, () => state.step >= LAST && set({ step: 0 }, drawReal));
-  const swatch = (colour, words) => `<span><span class="swatch" style="background: ${colour}"></span>${words}</span>`;
-  $("legend").innerHTML = data.methods.map(({ colour, label }, m) => swatch(colour, `${ROWS[m]} row: ${label}`)).join("") +
-    swatch("#b2182b", "lost probability, by 4 nats or more") + swatch("#2166ac", "gained");
-  $("about").textContent = `${data.about}. The chart of C_l / C_w takes π(π/π_ref)^λ for π̂. It leaves out π̂'s normaliser, ` +
-    "which needs the whole vocabulary. Rings show the run's own π̂. In the table a ≤ marks the product: π̂ is no larger.";
+  const tick = () => { set({ step: Math.min(real().last, state.step + 1) }, drawReal); return state.step < real().last; };
+  const play = player($("real-play"), "Play", 500, tick, () => state.step >= real().last && set({ step: 0 }, drawReal));
+  $("sets").hidden = data.sets.length < 2;
+  choose($("sets"), Object.fromEntries(data.sets.map(({ name }, i) => [i, name])), String(state.set), key => {
+    play.stop();
+    set({ set: +key, step: rangeOf("step", key)[0], pair: rangeOf("pair", key)[0], side: 0, token: -1 }, drawReal);
+  });
   SIDES.forEach((name, side) => {
     const here = event => event.target.closest(".cell");
     $(name).addEventListener("pointerover", event => here(event) && drawToken(side, +here(event).dataset.t));
@@ -340,7 +354,7 @@ function makeReal() {
 }
 function moveToken(event) {
   const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key], side = { ArrowUp: 0, ArrowDown: 1 }[event.key];
-  const length = data.pairs[state.pair].tokens[state.side].length;
+  const length = real().pairs[state.pair].tokens[state.side].length;
   if (by) set({ token: (chosenToken() + by + length) % length }, drawReal);
   else if (side !== undefined) set({ side }, drawReal);
   else return;
@@ -348,18 +362,20 @@ function moveToken(event) {
   document.querySelector(".cell.chosen").focus();
 }
 function openBin({ m, b }) { // its next pair
-  const inside = data.pairs.map((_, i) => i).filter(i => binOf(dragOf(i, m)) === +b);
+  const inside = real().pairs.map((_, i) => i).filter(i => binOf(dragOf(i, m)) === +b);
   set({ pair: inside.find(i => i > state.pair) ?? inside[0] }, drawReal);
 }
 function makeTraces(pair) { // blocks of one step of arithmetic each, which wrap on narrow screens
   SIDES.forEach((name, side) => {
-    let t = 0;
-    $(name).innerHTML = pair.tokens[side].match(/[^;]*;|[^;]+$/g).map(text => {
-      const characters = [...text], cell = m => (character, i) =>
-        `<span class="cell" role="button" data-t="${t + i}" data-m="${m}">${escaped(character)}</span>`;
-      const rows = data.methods.map((_, m) => characters.map(cell(m)).join("")).join("");
-      t += characters.length;
-      return `<div class="block" style="grid-template-columns: repeat(${characters.length}, auto)">${rows}</div>`;
+    const blocks = [[]];
+    pair.tokens[side].forEach((text, t) => {
+      blocks[blocks.length - 1].push([text, t]);
+      if (/[;,.]/.test(text)) blocks.push([]);
+    });
+    const cell = m => ([text, t]) => `<span class="cell" role="button" data-t="${t}" data-m="${m}">${escaped(text)}</span>`;
+    $(name).innerHTML = blocks.filter(some => some.length).map(some => {
+      const rows = real().methods.map((_, m) => some.map(cell(m)).join("")).join("");
+      return `<div class="block" style="grid-template-columns: repeat(${some.length}, auto)">${rows}</div>`;
     }).join("");
   });
 }
@@ -369,79 +385,77 @@ function drawTraces(pair) {
   SIDES.forEach((name, side) => {
     for (const cell of $(name).querySelectorAll(".cell")) {
       const { t, m } = cell.dataset, chosen = side === state.side && +t === chosenToken();
-      [cell.style.backgroundColor, cell.style.color] = heat(pair.ratios[m][side][state.step][t] / 1000);
+      [cell.style.backgroundColor, cell.style.color] = heat(pair.ratios[m][side][state.step][t]);
       cell.className = `cell${side === 1 && +t === pair.first ? " wrong" : ""}${chosen ? " chosen" : ""}`;
       cell.tabIndex = chosen && m === "0" ? 0 : -1;
     }
   });
 }
 function drawToken(side = state.side, t = chosenToken()) {
-  const pair = data.pairs[state.pair], ref = pair.ref[side][t] / 1000;
-  const cells = data.methods.map((method, m) => {
-    const ratio = pair.ratios[m][side][state.step][t] / 1000, own = state.lam === method.lam;
-    const hat = own ? Math.exp(pair.future[m][side][state.step][t] / 1000) : productBar(ref, ratio, state.lam);
-    return { ratio, pi: productBar(ref, ratio, 0), hat: (own || !state.lam ? "" : "≤ ") + f3(hat) };
-  });
-  const line = (head, text) => `<tr><th>${head}</th>${cells.map(cell => `<td>${text(cell)}</td>`).join("")}</tr>`;
-  const names = data.methods.map(({ colour, label }) => `<th style="color: ${colour}"><b>${label}</b></th>`).join("");
+  const pair = real().pairs[state.pair], l = nearest(LAMS, state.lam);
+  const line = (head, text) => `<tr><th>${head}</th>${real().methods.map((_, m) => `<td>${text(m)}</td>`).join("")}</tr>`;
+  const names = real().methods.map(({ colour, label }) => `<th style="color: ${colour}"><b>${label}</b></th>`).join("");
+  const future = l => m => f3(Math.exp(pair.future[m][side][state.step][l][t]));
   $("token").innerHTML = `<table><tr><th>token ${t + 1}: <b>${escaped(pair.tokens[side][t])}</b></th>${names}</tr>` +
-    line("π_ref", () => f3(Math.exp(ref))) + line("π", cell => f3(cell.pi)) + line(`π̂, λ = ${state.lam}`, cell => cell.hat) +
-    line("log-ratio, nats", cell => f2(cell.ratio)) + "</table>";
+    line("π_ref", () => f3(Math.exp(pair.ref[side][t]))) + line("π", future(0)) + line(`π̂, λ = ${LAMS[l]}`, future(l)) +
+    line("log-ratio, nats", m => f2(pair.ratios[m][side][state.step][t])) + "</table>";
 }
-const counted = (m, b, at) => totals.filter(of => binOf(of[m][0][at]) === b).length;
-const COUNTS = data.methods.map((_, m) => EDGES.slice(1).map((_, b) => data.steps.map((_, at) => counted(m, b, at))));
-const MOST = Math.max(1, ...COUNTS.flat().map(some => Math.max(...some.slice(1)))); // before training all are in one bar
 
 function drawHistogram() {
   const width = Math.max($("histogram").clientWidth, 100), w = width / (EDGES.length - 1), half = 62, middle = half + 16;
   const text = (x, y, words) => `<text x="${x}" y="${y}" text-anchor="middle">${words}</text>`;
   let inside = EDGES.slice(1, -1).map((edge, b) => text((b + 1) * w, middle + 13, edge)).join("");
-  COUNTS.forEach((some, m) => some.forEach((counts, b) => {
-    const count = counts[state.step], height = Math.max(3, half * Math.min(1, count / MOST));
+  real().counts.forEach((some, m) => some.forEach((counts, b) => {
+    const count = counts[state.step], height = Math.max(3, half * Math.min(1, count / real().most));
     const y = m ? middle + 18 : middle - height, here = binOf(dragOf(state.pair, m)) === b;
-    const { label, colour } = data.methods[m], words = escaped(`${label}: ${count} of ${PAIRS} answers; opens one`);
+    const { label, colour } = real().methods[m], all = real().pairs.length;
+    const words = escaped(`${label}: ${count} of ${all} answers; opens one`);
     if (count) inside += `<rect class="bin" data-m="${m}" data-b="${b}" role="button" tabindex="0" aria-label="${words}"
       x="${b * w + 1}" y="${y}" width="${w - 2}" height="${height}" fill="${colour}"
       ${here ? 'stroke="#000" stroke-width="2.5"' : ""}/>` +
       text((b + 0.5) * w, m ? y + height + 12 : y - 4, count);
   }));
-  const height = middle + 20 + (data.methods.length > 1 ? half + 14 : 0);
+  const height = middle + 20 + (real().methods.length > 1 ? half + 14 : 0);
   $("histogram").innerHTML = `<svg width="${width}" height="${height}">${inside}</svg>`;
 }
 function drawCurves(pair) {
-  const x = data.steps, axes = { xs: [0, x[LAST]], cursor: x[state.step] };
-  const line = (y, m, dash) => ({ x, y, colour: data.methods[m].colour, dash });
+  const { steps: x, last, methods, totals, accuracy } = real(), axes = { xs: [0, x[last]], cursor: x[state.step] };
+  const line = (y, m, dash) => ({ x, y, colour: methods[m].colour, dash });
   const traces = totals[state.pair].flatMap((sides, m) => sides.map((y, side) => line(y, m, side === 1)));
-  const all = traces.flatMap(some => some.y), ys = [Math.min(-1, ...all), Math.max(0.1, ...all)];
-  const brakes = data.methods.map((_, m) => x.map((_, at) => brakeAt(m, at, state.lam)));
-  const rings = data.methods.flatMap(({ lam, colour }, m) =>
-    lam && lam === state.lam ? x.map((v, at) => ({ x: v, y: ownBrake(m, at), colour })) : []);
+  const all = traces.flatMap(some => some.y), ys = [Math.min(-1, ...all), Math.max(0.1, ...all)], l = nearest(LAMS, state.lam);
+  const brakes = methods.map((_, m) => x.map((_, at) => brake(m, at, l)));
   const toStep = {
     curve: chart($("curve"), { ...axes, ys, lines: traces, label: "the pair's log-ratios over steps" }),
     brake: chart($("brake"), { ...axes, ys: [0, Math.max(1, ...brakes.flat())], lines: brakes.map((y, m) => line(y, m)),
-      dots: rings, label: "C_l over C_w over steps" }),
+      label: "C_l over C_w over steps" }),
     accuracy: chart($("accuracy"), { ...axes, ys: [0, 1], label: "accuracy over steps",
-      lines: data.accuracy[pair.seed].map((y, m) => line(y, m)) }),
+      lines: accuracy[pair.seed].map(([x, y], m) => ({ x, y, colour: methods[m].colour })) }),
   };
   for (const name in toStep) {
     const pick = event => {
-      const at = toStep[name](event.clientX - $(name).getBoundingClientRect().left);
-      const nearest = x.reduce((best, v, i) => Math.abs(v - at) < Math.abs(x[best] - at) ? i : best, 0);
-      if (nearest !== state.step) set({ step: nearest }, drawReal);
+      const at = nearest(x, toStep[name](event.clientX - $(name).getBoundingClientRect().left));
+      if (at !== state.step) set({ step: at }, drawReal);
     };
     $(name).onpointerdown = pick;
     $(name).onpointermove = event => event.buttons && pick(event);
   }
 }
 function drawReal() {
-  const pair = data.pairs[state.pair];
+  const { steps, last, pairs, methods, about } = real(), pair = pairs[state.pair];
+  const swatch = (colour, words) => `<span><span class="swatch" style="background: ${colour}"></span>${words}</span>`;
+  $("legend").innerHTML = methods.map(({ colour, label }, m) => swatch(colour, `${ROWS[m]} row: ${label}`)).join("") +
+    swatch("#b2182b", "lost probability, by 4 nats or more") + swatch("#2166ac", "gained");
+  $("about").textContent = `${about}. π̂ is that of the nearest stored λ: ${LAMS.join(", ")}.`;
+  choose($("sets"), {}, String(state.set));
+  $("step").max = last;
+  $("pair").max = pairs.length - 1;
   drawTraces(pair);
   drawToken();
   drawHistogram();
   drawCurves(pair);
-  $("brake-lam").textContent = state.lam;
-  show("step", `${data.steps[state.step]} of ${data.steps[LAST]}`);
-  show("pair", `${Math.round(100 * state.pair / PAIRS)} % are dragged more; seed ${pair.seed}`);
+  $("brake-lam").textContent = LAMS[nearest(LAMS, state.lam)];
+  show("step", `${steps[state.step]} of ${steps[last]}`);
+  show("pair", `${Math.round(100 * state.pair / pairs.length)} % are dragged more; seed ${pair.seed}`);
 }
 
 // --- claims

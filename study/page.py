@@ -4,12 +4,13 @@
     python plots.py runs --html      # own runs, trained with --diagnostics -> runs/figures/report.html
 
 study/page.html and study/page.js are the page without its data. Their arithmetic is that of losses.py, and a test holds the two
-together. The data are the single tokens of the main setting's first two methods, their accuracies, and claims as cards.
+together. The data are claims as cards, and of the toy and of a published model the single tokens of two methods.
 
-Left out: π̂ at other λ than a run's own. It needs the whole vocabulary's logits, which tokens.csv does not hold.
+Left out: π̂ of real tokens at every λ. It needs the whole vocabulary's logits, and tokens.csv holds it at four λ.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +19,20 @@ from losses import LOSSES
 from plumbing.files import UserError, write_text
 from plumbing.flags import command, command_line
 from study import claims
-from study.drawing import CORRECTNESS, HIT, by_drag, colour_of, coloured, few
+from study.diagnostics import TOKEN_LAMS
+from study.drawing import CORRECTNESS, HIT, by_drag, colour_of, coloured, few, texts
 from study.results import by_method, describe, label, main_runs, mean_and_interval, read_folder, with_table
-from toy_math.tokenizer import ALPHABET
 
 PARTS = Path(__file__).parent  # where page.html and page.js are
 TO = Path("docs/playground.html")
+SETS = ("results", "results/smollm2")  # the folders whose tokens it shows
 SIMULATED = ("off_rl", "fpa", "topr", "constant")  # the losses that page.js computes
-CHARACTERS = ALPHABET + "▪▪▪"  # ▪: EOS
+SAME = ("seed", "lr", "steps", "prompts", "init")  # of the runs that accuracies are taken from
 
 
 def thousandths(text):
-    """A list of numbers of tokens.csv as whole thousandths, as precise as they are there."""
-    return [round(1000 * float(number)) for number in text.split()]
+    """A list of numbers of tokens.csv as whole thousandths, as precise as they are there; of 0, which is frequent, nothing."""
+    return ",".join(str(round(1000 * float(number)) or "") for number in text.split())
 
 
 def interval(number):
@@ -70,31 +72,40 @@ def judged(runs):
 
 
 def pair_data(runs, pair):
-    """A pair of rollouts in the runs of one seed, a run a method: tokens and logs, [method][side][step][token]."""
+    """A pair of rollouts in the runs of one seed, a run a method: logs as [method][side][step], and futures also [λ]."""
     made = {"seed": runs[0].config["seed"], "ratios": [], "future": []}
     for run in runs:
         table = run.tables["tokens"]
         at = [np.flatnonzero((table["pair"] == pair) & (table["side"] == side)) for side in CORRECTNESS]
-        made["ratios"].append([[thousandths(text) for text in table["logratios"][rows]] for rows in at])
-        made["future"].append([[thousandths(text) for text in table["future_logps"][rows]] for rows in at])
+        made["ratios"].append([[thousandths(table["logratios"][row]) for row in rows] for rows in at])
+        columns = [table[f"future_logps_{lam:g}"] for lam in TOKEN_LAMS]
+        made["future"].append([[[thousandths(column[row]) for column in columns] for row in rows] for rows in at])
     firsts = [rows[0] for rows in at]  # what no run and no step changes
-    tokens = [table["tokens"][row].split() for row in firsts]
     return made | {
         "first": int(table["first_wrong"][firsts[0]]),
-        "tokens": ["".join(CHARACTERS[int(token)] for token in some) for some in tokens],
+        "tokens": [texts(table["tokens"][row]) for row in firsts],
         "ref": [thousandths(table["ref_logps"][row]) for row in firsts],
     }
 
 
-def page_data(runs, shown_claims):
-    """All that the page shows. Pairs are in order of their drag under the first method, the most dragged one first.
+def accuracies(run, runs):
+    """(steps, accuracies) of a run, or of another one of runs that differs in its evaluations alone; ([], []) without any."""
+    alike = [other for other in runs if (*other.method, *map(other.get, SAME)) == (*run.method, *map(run.get, SAME))]
+    for other in (run, *alike):
+        if np.isfinite(other.log["accuracy"]).all():
+            return [[float(f"{x:.4g}") for x in other.log[name]] for name in ("step", "accuracy")]
+    return [], []
+
+
+def set_data(runs):
+    """The single tokens of two methods. Pairs are in order of their drag under the first method, the most dragged one first.
 
     Raises UserError without single tokens.
     """
-    shown = [run for run in with_table(main_runs(runs), "tokens") if "ref_logps" in run.tables["tokens"]]
-    if not shown:
+    known = [run for run in with_table(runs, "tokens") if f"future_logps_{TOKEN_LAMS[0]}" in run.tables["tokens"]]
+    if not known:
         raise UserError("the page needs runs with their single tokens; try: python train.py --diagnostics")
-    methods = by_method(few(shown, most=2))
+    methods = by_method(few(main_runs(known), most=2))
     seeds = {}  # {seed: a run a method}
     for some in methods.values():
         for run in some:
@@ -103,26 +114,31 @@ def page_data(runs, shown_claims):
     if not seeds:
         raise UserError(f"the page needs a seed of both {' and '.join(map(label, methods))}")
     drags = [(drag, seed, pair) for seed, some in seeds.items() for pair, drag in by_drag(some[0].tables["tokens"]).items()]
-    first, *_ = seeds.values()
+    first, *_ = next(iter(seeds.values()))
     several = "seeds" if len(seeds) > 1 else "seed"
     return {
-        "colours": {loss: colour_of(loss) for loss in SIMULATED},
-        "names": {loss: LOSSES[loss].label for loss in SIMULATED},
-        "methods": [
-            {"label": label(method), "colour": colour, "lam": some[0].get("lam")} for colour, method, some in coloured(methods)
-        ],
-        "steps": sorted({int(step) for step in first[0].tables["tokens"]["step"]}),
-        "accuracy": {seed: [[float(f"{x:.4g}") for x in run.log["accuracy"]] for run in some] for seed, some in seeds.items()},
-        "hit": HIT,
+        "name": re.sub(r"\.Q\w+$", "", first.config.get("init", f"the toy, task {first.config.get('task')}")),
+        "methods": [{"label": label(method), "colour": colour} for colour, method, _ in coloured(methods)],
+        "steps": sorted({int(step) for step in first.tables["tokens"]["step"]}),
+        "accuracy": {seed: [accuracies(run, runs) for run in some] for seed, some in seeds.items()},
         "pairs": [pair_data(seeds[seed], pair) for _, seed, pair in sorted(drags)],
-        "about": f"Runs of {describe(first[0].config)}; {several} {', '.join(map(str, seeds))}, {len(drags)} pairs",
-        "claims": shown_claims,
+        "about": f"Runs of {describe(first.config)}; {several} {', '.join(map(str, seeds))}, {len(drags)} pairs",
     }
 
 
-def write_page(runs, shown_claims, path):
-    """Write the page of runs with single tokens, and of cards. Raises UserError where they lack, or the disk is full."""
-    data = page_data(runs, shown_claims)
+def write_page(folders, shown_claims, path):
+    """Write the page of lists of runs with single tokens, and of cards.
+
+    Raises UserError where tokens lack, or the disk is full.
+    """
+    data = {
+        "colours": {loss: colour_of(loss) for loss in SIMULATED},
+        "names": {loss: LOSSES[loss].label for loss in SIMULATED},
+        "hit": HIT,
+        "lams": [0, *TOKEN_LAMS],
+        "sets": [set_data(runs) for runs in folders],
+        "claims": shown_claims,
+    }
     data = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
     page, script = ((PARTS / name).read_text(encoding="utf-8") for name in ("page.html", "page.js"))
     write_text(path, page.replace("SCRIPT", script, 1).replace("DATA", data, 1))
@@ -136,7 +152,7 @@ def run(argv=None):
     parser = command_line(__doc__.splitlines()[0], prog="python -m study.page")
     parser.parse_args(argv)
     with command(parser.prog, f"{TO} is whole, and may be of before", TO):
-        write_page(read_folder(Path("results")), judged(read_folder(Path("results/slips"))), TO)
+        write_page([read_folder(Path(name)) for name in SETS], judged(read_folder(Path("results/slips"))), TO)
         print(f"page          {TO}")
 
 

@@ -42,8 +42,10 @@ CASES = {
 } | {
     "long_off_rl": {"steps": LONG, "eval_every": 20, "loss": "off_rl"},
     "long_fpa": {"steps": LONG, "eval_every": 20, "loss": "fpa", "lam": 2.0, "target": "both"},
-    "forecast": {"steps": SHORT, "eval_every": 10, "loss": "fpa", "lam": 2.0, "target": "both"},  # without accuracies
+    "forecast": {"steps": SHORT, "eval_every": 10, "loss": "fpa", "lam": 2.0, "target": "both"},  # these two have tables
+    "tokens": {"steps": SHORT, "eval_every": 10, "loss": "off_rl"},  # and no accuracies
 }
+FORECASTS = ("forecast", "tokens")
 SHOWN = {
     "pass@1, T = 0.7": "accuracy_0.7",
     "T = 1": "accuracy",
@@ -79,7 +81,7 @@ def run_case(name, args):
         data = folder / f"rollouts-{seed}.jsonl"
         call("full_scale.rollouts", *shlex.split(ROLLOUTS), "--problems", problems, "--seed", seed, "--out", data)
         flags = [*shlex.split(TRAINING), "--data", data, "--eval-problems", held_out, "--seed", seed]
-        call("study.forecast" if name == "forecast" else "full_scale.train", *method, *flags, "--out", folder / "runs")
+        call("study.forecast" if name in FORECASTS else "full_scale.train", *method, *flags, "--out", folder / "runs")
 
     with ThreadPool(args.jobs or 1) as pool:
         pool.map(train, missing)
@@ -136,7 +138,7 @@ def claims(cases):
 def results(folder):
     """results.md of a folder of tables."""
     cases = study(folder)
-    shown = {name: some for name, some in cases.items() if name != "forecast"}  # which has no accuracies
+    shown = {name: some for name, some in cases.items() if name not in FORECASTS}
     return (
         "# Results of the study of SmolLM2-135M-Instruct\n\nWritten by `python -m study.real`. The rules are those of "
         f"docs/protocol.md.\n\n## Claims\n\n{claims_table(claims(cases), COUNT)}\n"

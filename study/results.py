@@ -280,8 +280,8 @@ def reported(runs):
 
 
 def main_runs(runs):
-    """The reported runs of the setting with the most methods, the first of those that tie."""
-    return max(by(reported(runs), lambda run: run.setting).values(), key=lambda some: len(by_method(some)))
+    """The reported runs of the setting with the most methods, of those that tie with the most runs, then the first."""
+    return max(by(reported(runs), lambda run: run.setting).values(), key=lambda some: (len(by_method(some)), len(some)))
 
 
 def varying(runs, *names):

@@ -6,7 +6,8 @@
 #
 # Ninety minutes and some homework, seven exercises, and two policies that you train with losses that you write. Each question
 # goes the same way: **write a guess down, run, compare, say why.** The cells with `...` are yours. Each exercise names its
-# difficulty, its minutes and its points, and the check under it says which row is wrong.
+# difficulty, its minutes and its points, and the check under it says which row is wrong. Read the README afterwards: it gives
+# some of the guesses away.
 #
 # You need PyTorch, and gradients of a log-probability. You need no reinforcement learning, and no GPU.
 #

@@ -1,5 +1,6 @@
 """study/real.py: the study of a published model, on a tiny checkpoint that was taught its problems."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,8 +14,8 @@ from test_full_scale import write
 from test_full_scale_training import taught  # noqa: F401 (a fixture)
 from test_model import make
 
-from study import forecast, real, rule, verdicts
-from study.results import Run
+from study import forecast, page, real, rule, verdicts
+from study.results import Run, read_folder
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def small(taught, tmp_path, monkeypatch):  # noqa: F811
     write(place / "held_out.jsonl", *lines[4:])
     training = f"--init {folder} --lr 1e-3 --batch-size 8 --micro-batch 8 --eval-samples 8 --no-save-model"
     cases = {name: {**case, "steps": 4, "eval_every": 2} for name, case in real.CASES.items() if "long" not in name}
-    cases["forecast"] = real.CASES["forecast"]
+    cases |= {name: real.CASES[name] for name in real.FORECASTS}
     monkeypatch.setattr(real, "TRAINING", training)
     monkeypatch.setattr(real, "ROLLOUTS", f"--model {folder} --n 6 --max-tokens 24")
     monkeypatch.setattr(real, "SEEDS", (0, 1))
@@ -83,6 +84,20 @@ def test_a_forecast_is_measured_against_the_later_policy(small):
         expected = (future / present * future_30 / present_30) ** 0.5
         assert real.forecast(lambda t: t == 10)(run) == pytest.approx(expected)
     assert "| forecast |" not in (folder / "results.md").read_text()
+
+
+def test_single_tokens_are_on_the_page(small):
+    """Of an Off-RL and an FPA run without accuracies, which other runs of the same settings have."""
+    folder = small(*real.FORECASTS)
+    (pair, *_) = page.set_data(read_folder(folder))["pairs"]
+    assert [len(some) for some in pair["tokens"]] == [len(text.split(",")) for text in pair["ref"]]
+    correct, incorrect = ("".join(some) for some in pair["tokens"])
+    assert correct != incorrect and pair["tokens"][0][: pair["first"]] == pair["tokens"][1][: pair["first"]]
+    assert set(pair["ratios"][0][0][0]) == {","} and set(pair["ratios"][0][0][-1]) > {","}  # at first all are 0
+    run = real.study(folder)["tokens"][0]
+    off_rl = {**run.log, "accuracy": np.array([0.1, 0.2, 0.3, 0.4, 0.55])}
+    assert page.accuracies(run, [run]) == ([], [])
+    assert page.accuracies(run, [run, run._replace(log=off_rl)])[1][-1] == 0.55
 
 
 def test_a_command_that_fails_is_one_line(small, monkeypatch, capfd):
@@ -145,14 +160,21 @@ def test_snapshots_are_the_logits_of_the_completions(prefix, monkeypatch, tmp_pa
     tokens = [torch.cat([start, torch.randint(13, (n - prefix + 3,), generator=generator)]) for n in prompts.tolist()]
     names = ("length", "value", "mean_reward")
     data = SimpleNamespace(tokens=tokens, prompt_length=prompts, reward=torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    data.problem_ids = torch.tensor([0, 0, 1, 1])
     vars(data).update({name: torch.full((4,), 3.0) for name in names})
     model, later = make(), make()
     later.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()})
     snapshots = forecast.Snapshots.__new__(forecast.Snapshots)
-    snapshots.data, snapshots.kept, snapshots.rows, snapshots.out = data, {}, [], tmp_path
+    snapshots.data, snapshots.kept, snapshots.first, snapshots.out = data, {}, None, tmp_path
+    snapshots.tables, snapshots.decode = {"extrapolation": [], "tokens": []}, str
     for step, policy in ((0, model), (1, model), (2, later)):
         snapshots(step, policy, SimpleNamespace(seed=0), "cpu")
     p, q = ([policy(ids[None])[0, n - 1 : -1].log_softmax(-1) for ids, n in zip(tokens, prompts)] for policy in (later, model))
     kl = sum((x.exp() * (x - y)).sum() for x, y in zip(p, q)) / 12
-    present = [row for row in snapshots.rows if row["lam"] == 0]
+    present = [row for row in snapshots.tables["extrapolation"] if row["lam"] == 0]
     assert [(row["t"], row["later"]) for row in present] == [(1, 2)] and present[0]["kl"] == pytest.approx(kl.item(), rel=1e-4)
+    rows = snapshots.tables["tokens"]
+    assert len(rows) == 3 * 2 * forecast.PAIRS and {row["side"] for row in rows} == {"correct", "incorrect"}
+    of_first = [row for row in rows if row["step"] == 2 and row["tokens"] == json.dumps([f"[{i}]" for i in tokens[0][-3:]])]
+    ratios = (p[0] - q[0])[torch.arange(3), tokens[0][-3:]].tolist()
+    assert of_first and [float(x) for x in of_first[0]["logratios"].split()] == pytest.approx(ratios, abs=1e-3)
