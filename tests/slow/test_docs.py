@@ -23,7 +23,7 @@ from full_scale.published import empty_model, parameter_count
 from losses import LOSSES
 from model import GPTConfig
 from plumbing.log import COLUMNS, progress_line
-from study import claims, experiments, real, results
+from study import claims, experiments, real, results, tune
 
 ROOT, RESULTS = Path(__file__).resolve().parents[2], Path("results/slips")
 README, PAGES = Path("README.md"), sorted(Path("docs").glob("*.md"))
@@ -265,6 +265,16 @@ def test_the_default_task_is_the_one_that_the_rule_chose():
     assert table(Path("docs/task.md"), "setting") == rows
     chosen = train.parse_args([])
     assert chosen.task == "habit" and (chosen.habit, chosen.slip) == min(spread, key=spread.get)
+
+
+def test_what_is_said_of_the_base_models():
+    starts = {tuple(run.get(name) for name in ("seed", "habit", "slip")): run for run in results.read_folder(Path("results"))}
+    starts = {names: run.log["accuracy"][0] for names, run in starts.items()}
+    lowest, *others = sorted(starts, key=starts.get)
+    text = " ".join(prose(Path("docs/task.md")).split())
+    low, high = starts[others[0]], starts[others[-1]]
+    assert f"Of the {len(starts)} base models behind results/, {len(others)} answer {low:.2f} to {high:.2f}" in text
+    assert f"of seed {lowest[0]}, answers {starts[lowest]:.2f}." in text and lowest[0] in tune.SEEDS
 
 
 @functools.cache
