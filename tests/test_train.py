@@ -370,9 +370,11 @@ def test_several_values_run_their_product(tmp_path):
 
 
 def test_the_linear_schedule_falls_evenly_to_zero(finished, tmp_path, monkeypatch):
-    rates = []
-    monkeypatch.setattr(train, "update", lambda model, optimizer, *words, **more: rates.append(
-        optimizer.param_groups[0]["lr"]) or keeper.update(model, optimizer, *words, **more))  # fmt: skip
+    rates, optimizers, clip = [], [], train.clip_grad_norm_
+    monkeypatch.setattr(train, "adamw", lambda *words: optimizers.append(keeper.adamw(*words)) or optimizers[-1])
+    monkeypatch.setattr(
+        train, "clip_grad_norm_", lambda *words: rates.append(optimizers[-1].param_groups[0]["lr"]) or clip(*words)
+    )
     run_with_cache(finished, tmp_path, "--loss", "sft", "--schedule", "linear", "constant", "--lr", "1e-3", "--jobs", "1")
     assert rates == pytest.approx([1e-3 * (1 - step / 10) for step in range(10)] + [1e-3] * 10)
 

@@ -107,7 +107,7 @@ def killed_before(call, monkeypatch, module, name, words):
 @pytest.mark.parametrize("call", [1, 8, 11, 20, 30, 45])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(call, whole, out, monkeypatch, capsys):
     words = [*FULL, "--out", str(out)]
-    killed_before(call, monkeypatch, train, "update", words)
+    killed_before(call, monkeypatch, train, "clip_grad_norm_", words)
     (folder,) = folders(out)
     assert not (folder / "samples.txt").exists() and not (folder / "model.safetensors").exists()
     capsys.readouterr()
@@ -129,7 +129,7 @@ def test_a_run_killed_while_it_writes_goes_on(module, name, call, whole, out, mo
 
 def test_a_run_killed_twice_goes_on(whole, out, monkeypatch):
     for call in (10, 10, 10):
-        killed_before(call, monkeypatch, train, "update", [*FULL, "--out", str(out)])
+        killed_before(call, monkeypatch, train, "clip_grad_norm_", [*FULL, "--out", str(out)])
     train.run([*FULL, "--out", str(out)])
     assert contents(out) == contents(whole)
 
@@ -137,7 +137,7 @@ def test_a_run_killed_twice_goes_on(whole, out, monkeypatch):
 def test_an_online_run_goes_on_with_its_random_numbers(few, out, monkeypatch, tmp_path):
     words = ["--loss", "grpo", *TINY, "--save-every", "3", "--out"]
     shutil.copytree(out, tmp_path / "other")
-    killed_before(6, monkeypatch, train, "update", [*words, str(out)])
+    killed_before(6, monkeypatch, train, "clip_grad_norm_", [*words, str(out)])
     for folder in (out, tmp_path / "other"):
         train.run([*words, str(folder)])
     assert contents(out) == contents(tmp_path / "other")
@@ -166,20 +166,20 @@ def test_stages_that_were_killed_are_made_anew(name, whole, tmp_path, monkeypatc
 
 def test_no_resume_and_force_begin_anew(whole, out, monkeypatch, capsys):
     words = [*FULL, "--out", str(out)]
-    killed_before(20, monkeypatch, train, "update", words)
+    killed_before(20, monkeypatch, train, "clip_grad_norm_", words)
     capsys.readouterr()
     train.run([*words, "--no-resume"])
     assert "resuming" not in capsys.readouterr().out and contents(out) == contents(whole)
-    killed_before(20, monkeypatch, train, "update", [*words, "--force"])
+    killed_before(20, monkeypatch, train, "clip_grad_norm_", [*words, "--force"])
     train.run([*words, "--force"])  # a run that was interrupted is not a finished one
     assert "resuming from step 14" in capsys.readouterr().out and contents(out) == contents(whole)
 
 
 def test_a_checkpoint_of_other_data_or_diagnostics_is_not_taken_up(whole, out, monkeypatch, capsys):
     words = [*FULL, "--out", str(out)]
-    killed_before(20, monkeypatch, train, "update", [word for word in words if word != "--diagnostics"])
+    killed_before(20, monkeypatch, train, "clip_grad_norm_", [word for word in words if word != "--diagnostics"])
     capsys.readouterr()
-    killed_before(40, monkeypatch, train, "update", words)
+    killed_before(40, monkeypatch, train, "clip_grad_norm_", words)
     assert "resuming" not in capsys.readouterr().out
     (path,) = (out / "cache").glob("rollouts-*.jsonl")
     edit_cache(out, lambda text: "".join(reversed(text.splitlines(keepends=True))))
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_other_data_or_diagnostics_is_not_taken_up(whole, out, m
 
 
 def test_a_torn_log_is_repaired(whole, out, monkeypatch):
-    killed_before(25, monkeypatch, train, "update", [*FULL, "--out", str(out)])
+    killed_before(25, monkeypatch, train, "clip_grad_norm_", [*FULL, "--out", str(out)])
     (folder,) = folders(out)
     for name in ("log.csv", "tokens.csv", "entanglement.csv", "extrapolation.csv", "batch.csv"):
         os.truncate(folder / name, (folder / name).stat().st_size - 3)
@@ -238,7 +238,7 @@ def test_a_checkpoint_is_all_of_model_and_optimizer(made, tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "noise", "one bit", "no state", "other sizes", "other device"])
 def test_a_damaged_checkpoint_is_one_line(damage, few, out, monkeypatch, capsys):
     words = [*FULL, "--out", str(out)]
-    killed_before(20, monkeypatch, train, "update", words)
+    killed_before(20, monkeypatch, train, "clip_grad_norm_", words)
     (path,) = out.glob("*/checkpoint.safetensors")
     if damage == "cut":
         os.truncate(path, path.stat().st_size // 2)
@@ -427,14 +427,14 @@ def test_a_full_tmpfs_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("target", ["folder", "cache"])
 def test_a_folder_that_is_removed_under_a_run_is_named(target, few, out, monkeypatch, capsys):
-    original, calls = train.update, iter(range(1, 100))
+    original, calls = train.clip_grad_norm_, iter(range(1, 100))
 
     def removing(*arguments, **words):
         if next(calls) == 12:
             shutil.rmtree(folders(out)[0] if target == "folder" else out)
         return original(*arguments, **words)
 
-    monkeypatch.setattr(train, "update", removing)
+    monkeypatch.setattr(train, "clip_grad_norm_", removing)
     code, error = refusal(train.run, [*FULL, "--out", out], capsys)
     assert code == 2 and "No such file or directory" in error and str(out) in error and error.count("\n") == 1
 
