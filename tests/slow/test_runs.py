@@ -133,7 +133,7 @@ def test_gradient_is_clipped_and_coefficients_and_counts_are_logged(finished, tm
     monkeypatch.setitem(LOSSES, "fpa", dataclasses.replace(LOSSES["fpa"], function=recording))
     clipped = []
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, limit: clipped.append(limit) or clip(p, limit))
+    monkeypatch.setattr(train, "clip_grad_norm_", lambda p, limit: clipped.append(limit) or clip(p, limit))
     (folder,) = run_with_cache(finished, tmp_path, "--loss", "fpa", "--lr", "0.05")
     last = read_log(folder)[-1]
     for column, policy in (("below_0.2_pi", 0), ("below_0.2_pihat", 1)):
