@@ -1,7 +1,7 @@
 """The losses: Future Policy Approximation (FPA, arXiv 2509.19893) whole and copyable, then its neighbours, then one table.
 
 `fpa_loss` is for you to copy, with `future_logits`, `token_logps` and `checked_length` below it. train.py gets its gradient
-from `objective`, which calls `fpa`, and `fpa_form` for the other losses' FPA forms. With reward r = +1 (correct) or -1
+from `objective`, which calls `fpa`, and `surrogate` for the other losses' FPA forms. With reward r = +1 (correct) or -1
 (incorrect) every offline loss has a gradient of one form,
 
     grad loss = - r C grad logp_sum        C >= 0 (mostly): raise correct rows, lower incorrect ones
@@ -123,6 +123,11 @@ def fpa_form(logp_sum, reward, present, future, target="both", pairs=False):
     """
     if (present < 0).any() or (future < 0).any():
         raise ValueError("present and future must be coefficients C >= 0, as the losses return them, not log-probabilities")
+    return surrogate(logp_sum, reward, present, future, target, pairs)
+
+
+def surrogate(logp_sum, reward, present, future, target, pairs):
+    """`fpa_form` without its check, which would synchronise a GPU at every step."""
     coefficient = torch.where(target_rows(reward, target), future, present).detach()
     return (-reward * coefficient * logp_sum).sum() / (len(reward) // (1 + pairs)), coefficient
 
@@ -405,4 +410,4 @@ def objective(batch, run):
     at_future.logp_sum = batch.future_logp_sum
     at_future.logratio = batch.logratio.detach() + (batch.future_logp_sum - batch.logp_sum.detach())
     future = loss(at_future, run)[1]
-    return fpa_form(batch.logp_sum, batch.reward, coefficient, future, run.target, loss.pairs)
+    return surrogate(batch.logp_sum, batch.reward, coefficient, future, run.target, loss.pairs)

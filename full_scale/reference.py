@@ -92,7 +92,11 @@ class Reference:
     def compute(self, micro_batch, model, stored):
         """Run every row through the model once; the hidden states go to each process's files, the sums to one of all."""
         began = time.time()
-        self.cache.mkdir(parents=True, exist_ok=True)
+        if is_first():
+            self.cache.mkdir(parents=True, exist_ok=True)
+            for path in self.cache.glob("hidden-*"):  # of a pass that was interrupted, maybe of more processes
+                path.unlink()
+        dist.barrier()
         sums = self.sums(micro_batch, model, stored=stored)
         if is_first():  # after every process's files, and last: it says that they are whole
             seconds, names = torch.tensor(time.time() - began), sorted(x.name for x in self.cache.glob("hidden-*.safetensors"))

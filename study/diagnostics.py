@@ -95,12 +95,14 @@ def entanglement(model, rollouts, pairs, run, add_logps):
 
 
 @torch.no_grad()
-def token_rows(logits, b, first, written):
+def token_rows(logits, b, written):
     """Rows of tokens.csv, of logits (2P, T, V) of a batch: a correct and an incorrect rollout of each pair in turn.
 
-    first: for each pair, the first token at which the two sides differ. It is the incorrect side's first wrong token where no
-    step of the correct side is wrong. written: a list of token ids -> text.
+    first_wrong is the first token at which the two sides differ. It is the incorrect side's first wrong token where no step of
+    the correct side is wrong. written: a list of token ids -> text.
     """
+    start = b.mask[::2].int().argmax(-1)  # of a pair's completions, whose prompt is the same
+    first = ((b.tokens[::2] != b.tokens[1::2]).int().argmax(-1) - start).tolist()
     logps, ref_logps = (token_logps(some, b.tokens, b.mask) for some in (logits, b.ref_logits))
     columns, rows = {"logratios": (logps - ref_logps, 3), "ref_logps": (ref_logps, 3)}, []  # and how many decimals
     for lam in TOKEN_LAMS:
@@ -198,8 +200,8 @@ class Observer:
 
     @torch.no_grad()
     def tokens(self):
-        b, first = self.rollouts[self.token_pairs.flatten()], parting(self.rollouts, self.token_pairs).tolist()
-        return token_rows(self.model(b.inputs, b.start), b, first, lambda ids: " ".join(map(str, ids)))
+        b = self.rollouts[self.token_pairs.flatten()]
+        return token_rows(self.model(b.inputs, b.start), b, lambda ids: " ".join(map(str, ids)))
 
     def state(self):
         return {"tables": self.tables, "snapshots": {str(step): logits for step, logits in self.snapshots.items()}}

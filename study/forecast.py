@@ -49,7 +49,7 @@ class Snapshots:
         logits = self.logits(model, b)
         self.first = logits if self.first is None else self.first
         b.ref_logits = self.first
-        self.tables["tokens"] += [{"step": step, **row} for row in token_rows(logits, b, parting(b), self.written)]
+        self.tables["tokens"] += [{"step": step, **row} for row in token_rows(logits, b, self.written)]
         for name, rows in self.tables.items():
             if rows:
                 write_csv(self.out / f"{name}.csv", rows)
@@ -67,13 +67,6 @@ class Snapshots:
 
     def written(self, ids):
         return json.dumps([self.decode([token]) for token in ids], ensure_ascii=False)
-
-
-def parting(b):
-    """For each pair of a batch, the first token at which its two completions differ, counted from their first one."""
-    completions = [tokens[mask].tolist() for tokens, mask in zip(b.tokens, b.mask)]
-    pairs = zip(completions[::2], completions[1::2])
-    return [next((i for i, ids in enumerate(zip(*pair)) if len(set(ids)) > 1), 0) for pair in pairs]
 
 
 if __name__ == "__main__":

@@ -296,16 +296,15 @@ const SIDES = ["correct", "incorrect"], ROWS = ["upper", "lower"], LAMS = data.l
 const EDGES = [-Infinity, -64, -32, -16, -8, -4, -2, -1, 0, 1, 2, Infinity];
 const binOf = x => EDGES.findIndex((edge, b) => x < EDGES[b + 1]);
 const numbers = text => text.split(",").map(x => x / 1000); // nats; "" is 0
-const nested = (x, f) => Array.isArray(x) ? x.map(some => nested(some, f)) : f(x);
+const deep = (x, f) => Array.isArray(x) && typeof x[0] !== "number" ? x.map(some => deep(some, f)) : f(x); // texts, or lists
 const nearest = (xs, x) => xs.reduce((best, v, i) => Math.abs(v - x) < Math.abs(xs[best] - x) ? i : best, 0);
 const SETS = {};
 
 function prepare(set) { // what is counted once; lists are [pair][method][side][step], and futures have [λ] behind
   const pairs = set.pairs.map(({ ratios, future, ref, ...pair }) =>
-    ({ ...pair, ratios: nested(ratios, numbers), future: nested(future, numbers), ref: ref.map(numbers) }));
+    ({ ...pair, ratios: deep(ratios, numbers), future: deep(future, numbers), ref: ref.map(numbers) }));
   for (const { ratios, future, ref } of pairs) future.forEach((sides, m) => sides.forEach((steps, side) =>
     steps.forEach((lams, at) => lams.unshift(ref[side].map((x, t) => Math.min(0, x + ratios[m][side][at][t])))))); // λ = 0: π
-  const deep = (x, f) => Array.isArray(x[0]) ? x.map(some => deep(some, f)) : f(x);
   const totals = pairs.map(pair => deep(pair.ratios, sum)), bars = pairs.map(pair => deep(pair.future, xs => Math.exp(mean(xs))));
   const counted = (m, b, at) => totals.filter(of => binOf(of[m][0][at]) === b).length;
   const counts = set.methods.map((_, m) => EDGES.slice(1).map((_, b) => set.steps.map((_, at) => counted(m, b, at))));

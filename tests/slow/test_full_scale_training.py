@@ -531,6 +531,18 @@ def test_a_reference_that_another_command_computes_is_waited_for(checkpoint, tmp
     assert process.returncode == 0 and "reference     cached" in rest
 
 
+def test_an_interrupted_references_files_are_removed(checkpoint, tmp_path):
+    words = ["train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--no-save-model"]
+    assert run_module(*words).returncode == 0
+    (cache,) = tmp_path.glob("cache/reference-*")
+    (cache / "sums.safetensors").unlink()
+    stale = shutil.copy(cache / "hidden-000-00000.safetensors", cache / "hidden-001-00000.safetensors")  # no checksum yet
+    for seed in (1, 2):
+        done = run_module(*words, "--seed", seed)
+        assert done.returncode == 0, done.stderr
+    assert not stale.exists() and "reference     cached" in done.stdout
+
+
 def test_a_damaged_reference_is_one_line(checkpoint, tmp_path):
     train(checkpoint, tmp_path)
     shutil.rmtree(next(tmp_path.glob("*-fpa-*")))
