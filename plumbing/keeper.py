@@ -146,29 +146,6 @@ def adamw(parameters, lr):
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-class MuonAdamW:
-    """Muon (Jordan et al. 2024) for some matrices and AdamW for all other parameters, as one optimizer."""
-
-    def __init__(self, model, matrices, lr, muon_lr):
-        chosen = set(matrices)
-        others = [parameter for parameter in model.parameters() if parameter not in chosen]
-        self.parts = torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.0), adamw(others, lr)
-        self.base_lrs = muon_lr, lr
-
-    def set_factor(self, factor):
-        """Set both learning rates to a share of what they were."""
-        for part, lr in zip(self.parts, self.base_lrs):
-            part.param_groups[0]["lr"] = lr * factor
-
-    def zero_grad(self):
-        for part in self.parts:
-            part.zero_grad()
-
-    def step(self):
-        for part in self.parts:
-            part.step()
-
-
 def warmup_cosine(step, warmup, steps):
     """The factor of a learning rate that rises linearly over `warmup` steps and falls as a cosine to 0 at the end."""
     return min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -185,41 +162,30 @@ def update(model, optimizer, loss):
 
 # --- checkpoints
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
 
 def training_tensors(model, optimizer):
     """Weights and the optimizer's moments by name, as they are in memory; those of a new optimizer are put there, zeros."""
     tensors = {f"weight.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     names = {parameter: name for name, parameter in model.named_parameters()}
-    for part in parts(optimizer):
-        counts = isinstance(part, torch.optim.AdamW)  # its steps
-        moments = ("exp_avg", "exp_avg_sq") if counts else ("momentum_buffer",)
-        for parameter in part.param_groups[0]["params"]:
-            state = part.state[parameter]
-            if not state:
-                state.update({moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments})
-                if counts:
-                    state["step"] = torch.zeros((), device=parameter.device)
-            tensors |= {f"{moment}.{names[parameter]}": state[moment] for moment in moments}
+    for parameter in optimizer.param_groups[0]["params"]:
+        state = optimizer.state[parameter]
+        if not state:
+            state.update({moment: torch.zeros_like(parameter, requires_grad=False) for moment in MOMENTS})
+            state["step"] = torch.zeros((), device=parameter.device)
+        tensors |= {f"{moment}.{names[parameter]}": state[moment] for moment in MOMENTS}
     return tensors
-
-
-def parts(optimizer):
-    return getattr(optimizer, "parts", (optimizer,))
-
-
-def counters(optimizer):
-    """AdamW's count of its steps, a tensor for each parameter that it has updated."""
-    return [state["step"] for part in parts(optimizer) for state in part.state.values() if "step" in state]
 
 
 def updates(optimizer):
     """How many steps the optimizer has taken."""
-    return next((int(count) for count in counters(optimizer)), 0)
+    return next((int(state["step"]) for state in optimizer.state.values()), 0)
 
 
 def set_updates(optimizer, count):
-    for counter in counters(optimizer):
-        counter.fill_(count)
+    for state in optimizer.state.values():
+        state["step"].fill_(count)
 
 
 def content_checksum(state, tensors):

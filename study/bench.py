@@ -507,10 +507,10 @@ def growth(rounds, quick):
 # --- the command itself
 
 
-def run_train(*words, code=ROOT):
-    """`python train.py WORDS` in a process of its own: (seconds, what it printed). `code` is a checkout."""
+def run_train(*words):
+    """`python train.py WORDS` in a process of its own: (seconds, what it printed)."""
     began = time.perf_counter()
-    command = [sys.executable, code / "train.py", *map(str, words)]
+    command = [sys.executable, ROOT / "train.py", *map(str, words)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return time.perf_counter() - began, result.stdout
 
@@ -532,30 +532,17 @@ def share_of_evaluations(out, *words):
     return sum(spent) / (time.perf_counter() - began)
 
 
-def time_to_result(out, quick, before=None):
-    """Rows: the main job and a run with its caches, by stage; the same over an earlier version's in turn; the evaluations."""
-    small, rounds, rows = SMALL_JOB if quick else [], 3 if before else 1, []
-    codes = {"ours": ROOT} | ({"before": before} if before else {})
-    commands = {"from nothing, Off-RL and FPA": [], "with caches, FPA": ["--loss", "fpa", "--lam", 3]}
-    bounds = {("from nothing, Off-RL and FPA", "whole"): 0.6, ("with caches, FPA", "whole"): 0.8}
-    times = {}  # {(title, stage, whose): seconds of each round}
-    for number, whose in itertools.product(range(rounds), codes):
-        for title, words in commands.items():
-            out_flags = ["--device", "cpu", "--out", out / f"{whose}-{number}"]
-            seconds, printed = run_train(*words, *out_flags, *small, code=codes[whose])
-            stages = re.findall(r"^(base model|rollouts|reference) +([\d.]+) s", printed, flags=re.M)
-            for stage, text in [("whole", seconds), *stages]:
-                times.setdefault((title, stage, whose), []).append(float(text))
-    for title in commands:
-        ours = {stage: seconds for (of, stage, whose), seconds in times.items() if (of, whose) == (title, "ours")}
-        rows.append((title, ", ".join(f"{stage} {np.median(seconds):.1f} s" for stage, seconds in ours.items()), *NO_GOAL))
-        for stage in [stage for stage in ("whole", "base model") if before and stage in ours]:
-            value, words = ratio(np.array(ours[stage]), np.array(times[title, stage, "before"]))
-            rows.append(
-                (f"{title}: {stage}, over the version before", words, *goal(value, "≤", bounds.get((title, stage), 0.5)))
-            )
+def time_to_result(out, quick):
+    """Rows: the main job and a run with its caches, by stage; the share of the evaluations."""
+    small, rows = SMALL_JOB if quick else [], []
+    for title, words in {"from nothing, Off-RL and FPA": [], "with caches, FPA": ["--loss", "fpa", "--lam", 3]}.items():
+        seconds, printed = run_train(*words, "--device", "cpu", "--out", out / "runs", *small)
+        stages = re.findall(r"^(base model|rollouts|reference) +([\d.]+) s", printed, flags=re.M)
+        rows.append(
+            (title, ", ".join(f"{stage} {float(time):.1f} s" for stage, time in [("whole", seconds), *stages]), *NO_GOAL)
+        )
     with jobs.workers(1) as pool:
-        share = round(pool.submit(share_of_evaluations, out / "ours-0", "--loss", "fpa", "--lam", "4", *small).result(), 2)
+        share = round(pool.submit(share_of_evaluations, out / "runs", "--loss", "fpa", "--lam", "4", *small).result(), 2)
     return [*rows, ("evaluations, share of a run with caches", f"{share:.2f}", *(NO_GOAL if quick else goal(share, "≤", 0.2)))]
 
 
@@ -715,8 +702,7 @@ Above 1, ours is faster.""",
     "Ideas": """Time without the idea over time with it; of those not taken, time with it over time without. "Sampling" is
 an evaluation's.""",
     "Growth": """Median times of a step; the exponent is that of a power law through the points, 1 being linear.""",
-    "Time to result": """`python train.py`, then `--loss fpa --lam 3` with what the first has cached. An earlier version's, a
-checkout in the folder that `--before` names, in turn, three rounds; the ratios are ours over that version's.""",
+    "Time to result": """`python train.py`, then `--loss fpa --lam 3` with what the first has cached; once each.""",
     "Sweeps": """One λ a run, 300 steps, caches in place, start-up and figures included; once each. Several runs go side by
 side in processes of one thread; one run, and runs one by one, have all threads.""",
     "Full scale": """Log-probabilities under the present and the future policy, forward and backward, at a vocabulary of
@@ -745,8 +731,8 @@ def main(args):
             "Peers": (goals, lambda: peers(rounds, args.quick)),
             "Ideas": (["", f"{torch.get_num_threads()} threads", "1 thread", ""], lambda: ideas(rounds, args.quick)),
             "Growth": (growths, lambda: growth(rounds, args.quick)),
-            "Time to result": (goals, lambda: time_to_result(out, args.quick, args.before)),
-            "Sweeps": (growths, lambda: sweep(out / "ours-0")),
+            "Time to result": (goals, lambda: time_to_result(out, args.quick)),
+            "Sweeps": (growths, lambda: sweep(out / "runs")),
             "Full scale": (goals, lambda: full_scale(out, args.quick)),
         }
         chosen = args.only or [title for title in sections if not (args.quick and title == "Sweeps")]
@@ -766,14 +752,10 @@ def run(argv=None):
     parser.add_argument("--quick", action="store_true", help="a minute or two: the toy's size only, few rounds, no sweeps")
     parser.add_argument("--only", nargs="+", choices=NOTES, metavar="SECTION", help="measure these; the page keeps "
         f"the others{NO_DEFAULT}")  # fmt: skip
-    parser.add_argument("--before", type=Path, metavar="FOLDER", help="a checkout of an earlier version, whose main job is "
-        f"timed in turn with this one's{NO_DEFAULT}")  # fmt: skip
     parser.add_argument("--to", type=Path, metavar="FILE", help="where the tables go "
         f"(default: docs/bench.md, with --quick nowhere){NO_DEFAULT}")  # fmt: skip
     args = parser.parse_args(argv)
     args.to = args.to or (None if args.quick else ROOT / "docs" / "bench.md")
-    if args.before and not (args.before / "train.py").is_file():
-        parser.error(f"argument --before: no train.py in {args.before}")
     if args.to and (not args.to.absolute().parent.is_dir() or args.to.is_dir()):
         parser.error(f"argument --to: {args.to} is not a file in a folder that exists")
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 import train
 from study import tune
 from study.results import SEEDS
-from study.tables import gather, held, identity, run_names
+from study.tables import BASES, copy_stages, gather, held, identity, run_names
 
 FIVE, PILOT = range(5), range(2000, 2005)
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)  # of the grids, which tune one number alone
@@ -44,6 +44,11 @@ def pilot(runs):
         f"{habit}, {slip}": f"--task habit --habit {habit} --slip {slip}"
         for habit, slip in ((0.6, 0.03), (0.6, 0.06), (0.8, 0.03))
     }
+
+
+def short(runs):
+    """The pilot's first setting on base models of half as many steps, which docs/task.md tells of."""
+    return {"short": "--base-steps 1500"}
 
 
 def main(runs):
@@ -117,6 +122,7 @@ def score(flags, runs):
 # {name: (its cases, from the runs that are held; seeds)}
 EXPERIMENTS = {
     "pilot": (pilot, PILOT),
+    "short": (short, PILOT),
     "main": (main, FIVE),
     **{f"{name}-grid": (functools.partial(grid, name), GRID_SEEDS) for name in CASES},
     "final": (final, SEEDS),
@@ -200,6 +206,7 @@ def listing(folder):
 def run_missing(name, out, jobs, folder):
     """Train what a folder of tables lacks of an experiment, below `out`, and gather it case by case."""
     count = 0
+    copy_stages(BASES, out)
     for args in commands(name, held(folder)[0], out, jobs).values():
         if todo := missing(args, *held(folder)):
             train.main(args, todo)

@@ -1,14 +1,13 @@
 """What lesson.ipynb needs beside the method: its cached rollouts, training with a loss of one's own, guesses, and its figures.
 
-The base model of seed 0 and its rollouts ship in docs/lesson/cache. They are what train.py makes with its default
-flags, so that a class does not wait.
+The base model of seed 0 ships in results/bases and its rollouts in docs/lesson/cache. They are what train.py makes with its
+default flags, so that a class does not wait.
 Left out: checkpoints, since the steps of a run take less than a minute.
 """
 
 import copy
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +18,10 @@ import plots
 import train
 from losses import token_logps
 from plumbing.batches import batch_order, pair_order
-from plumbing.files import replacing
 from plumbing.keeper import adamw, update
 from study import diagnostics, drawing, explain
 from study.results import by, by_method, extrapolated, label, main_runs, read_folder, where
+from study.tables import BASES, copy_stages
 from toy_math import stages
 from toy_math.tokenizer import decode
 
@@ -36,12 +35,9 @@ NAMED = ("logratio_correct", "logratio_incorrect")
 
 
 def ship(out):
-    """Put the cached stages of seed 0 where train.py looks for them, but for those that are there."""
-    (out / "cache").mkdir(parents=True, exist_ok=True)
-    for path in sorted((FOLDER / "cache").iterdir()):
-        if not (out / "cache" / path.name).exists():
-            with replacing(out / "cache" / path.name) as temporary:
-                shutil.copyfile(path, temporary)
+    """Put the stored base models, and the rollouts of seed 0, where train.py looks for them."""
+    for folder in (BASES, FOLDER / "cache"):
+        copy_stages(folder, out)
 
 
 def world(out="runs"):
@@ -127,7 +123,7 @@ def train_with(loss, world, steps=200, every=50):
     return model, {name: [row[name] for row in rows] for name in rows[0] if not name.startswith("test_")}
 
 
-def walk(world, steps=300, measured=(*range(0, 32, 2), 40, 60, 80, 100), others=32):
+def walk(world, steps=300, measured=(*range(0, 60, 4), 60, 80, 100), others=32):
     """Off-RL from the base model: (its policy after these steps, {column: list} of what happened at the measured ones).
 
     Of each measured step: what the batch's correct rows add (`up`) to the mean logp_sum of some correct rows of other problems

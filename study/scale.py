@@ -15,7 +15,7 @@ import train
 from losses import objective
 from study import changed, experiments
 from study.results import SEEDS
-from study.tables import gather, held, identity, run_names
+from study.tables import BASES, copy_stages, gather, held, identity, run_names
 from study.tune import final
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -72,6 +72,7 @@ def members(runs):
 
 def run_scale(name, args):
     """Train what is missing, stage by stage: the grid first, then the cases at the rates that it chose."""
+    copy_stages(BASES, args.out)
     while True:
         runs, _ = held(args.to)
         cases = members(runs)

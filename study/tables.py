@@ -5,10 +5,14 @@ the rows of all runs, each with its run's id. study/results.py reads them.
 """
 
 import json
+import shutil
+from pathlib import Path
 
-from plumbing.files import digest, locked, printable_path, write_csv
+from plumbing.files import digest, locked, printable_path, replacing, write_csv
 from plumbing.flags import check_folder, command, command_line, natural, nearest
-from study.results import METHOD, RENAMED, SEEDS, TABLES, by, read_runs, read_table, read_tables, run_folders, table_rows
+from study.results import METHOD, RENAMED, TABLES, by, read_runs, read_table, read_tables, run_folders, table_rows
+
+BASES = Path(__file__).resolve().parents[1] / "results/bases"  # base models of `habit`, of all seeds but the pilot's
 
 
 def identity(config):
@@ -68,8 +72,8 @@ def gather(runs_folder, folder, experiments):
     """Append the finished runs of a folder of train.py's to the tables of another one; the number of new runs.
 
     Only runs of an experiment are taken: {name: ids}. A run that the tables hold stays as it is, but for diagnostics that it
-    lacks. No tokens are taken of SEEDS, whose table would be too large. runs.csv is written last, so that a run counts once its
-    other rows are there.
+    lacks. Tokens are taken of seed 0 alone: the table would be too large. runs.csv is written last, so that a run counts once
+    its other rows are there.
     """
     names = by([(run, name) for name, ids in experiments.items() for run in ids], lambda pair: pair[0])
     finished = {identity(run.config): run for run in read_runs(run_folders(runs_folder))}
@@ -82,7 +86,7 @@ def gather(runs_folder, folder, experiments):
         append(folder / "curves.csv", {run: made.folder / "log.csv" for run, made in new.items()})
         for table in TABLES:
             known = rows.keys() & tables[table].keys()
-            wanted = {run: made for run, made in finished.items() if table != "tokens" or made.config["seed"] not in SEEDS}
+            wanted = {run: made for run, made in finished.items() if table != "tokens" or made.config["seed"] == 0}
             lacking = {run: made.folder / f"{table}.csv" for run, made in wanted.items() if run not in known}
             append(folder / f"{table}.csv", {run: path for run, path in lacking.items() if path.exists()})
         rows |= {run: {"id": run, "experiments": "", **flat(made.config)} for run, made in new.items()}
@@ -99,6 +103,21 @@ def append(path, sources):
     rows = {**read_table(path), **{run: table_rows(source) for run, source in sources.items()}}
     if sources:
         write_table(path, [{"id": run, **row} for run, some in rows.items() for row in some])
+
+
+# --- the stored base models
+
+
+def copy_stages(source, out):
+    """Put the files of a folder of stages where train.py looks for them, below `out`, but for those that are there.
+
+    With BASES every machine begins from the same base models. Trained anew, they would differ by rounding.
+    """
+    (out / "cache").mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if not (out / "cache" / path.name).exists():
+            with replacing(out / "cache" / path.name) as temporary:
+                shutil.copyfile(path, temporary)
 
 
 # --- the command

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import train
 from plumbing.flags import SCHEDULES
 
-from .tables import gather, held, identity, run_names
+from .tables import BASES, copy_stages, gather, held, identity, run_names
 
 SEEDS, SETTINGS, KEPT, MARGIN, GROWTH, ROUNDS = (1000, 1001, 1002, 1003, 1004), 12, 3, 2.0, 8.0, 3
 LR, LAM, BETA, ALPHA, WEIGHT = (5e-6, 5e-3), (0.25, 10.0), (1e-3, 1.0), (0.1, 10.0), (0.01, 1.0)
@@ -165,6 +165,7 @@ def scores(name, runs):
 
 def tune(name, args):
     """Run a family's search to its end; its runs are gathered into `args.to` after each of its stages."""
+    copy_stages(BASES, args.out)
     while (found := search(name, scores(name, held(args.to)[0]))).missing:
         runs = {key: value for missing in found.missing for key, value in runs_of(name, *missing).items()}
         print(f"{name}: round {len(found.asked)}, {len(runs)} runs")

@@ -19,7 +19,7 @@ from model import GPT, GPTConfig
 from plumbing.batches import seeded
 from plumbing.files import UserError, digest, locked, read_beside, write_beside, write_tensors, write_text
 from plumbing.flags import NO_DEFAULT, count, count_up_to, one_of, share
-from plumbing.keeper import Keeper, MuonAdamW, OneFile, update, warmup_cosine
+from plumbing.keeper import Keeper, OneFile, adamw, update, warmup_cosine
 from plumbing.log import FORMAT, Steps, progress
 
 from .problems import draw_problems
@@ -29,7 +29,7 @@ from .tokenizer import VOCAB_SIZE
 CONFIG = GPTConfig(vocab_size=VOCAB_SIZE)
 TASKS = {"habit": {"habit": 0.6, "slip": 0.03}, "slips": {"habit": 0.0, "slip": 0.12}}  # the error rates of a task's corpus
 DEFAULT_TASK = "habit"  # docs/task.md says how it was chosen
-BASE_BATCH, BASE_LR, BASE_MUON_LR, BASE_WARMUP = 32, 3e-3, 0.02, 100
+BASE_BATCH, BASE_LR, BASE_WARMUP = 32, 3e-3, 100
 VALIDATION_PROBLEMS, TEST_PROBLEMS = 128, 256
 
 
@@ -98,7 +98,6 @@ def stage_settings(args, seed, prompts):
         "base_steps": args.base_steps,
         "base_batch_size": BASE_BATCH,
         "base_lr": BASE_LR,
-        "base_muon_lr": BASE_MUON_LR,
         "base_warmup": BASE_WARMUP,
     }
     return base, {**base, "prompts": prompts, "rollouts": args.rollouts}
@@ -126,14 +125,13 @@ def base_model(args, seed, settings, path):
     rows = corpus_rows(args.base_steps * BASE_BATCH, args.ops, args.slip, rng, args.habit)
     print(f"base model    training     {path}   {args.base_steps} steps")
     tokens, mask = (x.to(args.device).split(BASE_BATCH) for x in pack(rows))
-    matrices = [parameter for parameter in model.layers.parameters() if parameter.ndim == 2]
-    optimizer, warmup = MuonAdamW(model, matrices, BASE_LR, BASE_MUON_LR), min(BASE_WARMUP, args.base_steps // 10)
+    optimizer, warmup = adamw(model.parameters(), BASE_LR), min(BASE_WARMUP, args.base_steps // 10)
     steps, began = Steps("base model, "), time.time()
     store = OneFile(path.with_suffix(".checkpoint"), model, optimizer, args.device)
     saving = {"total": args.base_steps, "every": args.save_every, "resume": args.resume}
     with Keeper(store, {"steps": steps}, desc="base model", title="base model    ", **saving) as keeper:
         for step in keeper.steps():
-            optimizer.set_factor(warmup_cosine(step, warmup, args.base_steps))
+            optimizer.param_groups[0]["lr"] = BASE_LR * warmup_cosine(step, warmup, args.base_steps)
             loss = -token_logps(model(tokens[step]), tokens[step], mask[step]).sum() / mask[step].sum()
             update(model, optimizer, loss)
             steps.add(loss=loss)
@@ -252,7 +250,7 @@ def add_task_flags(parser):
         f"7, 8 or 9 (default: {TASKS['habit']['habit']}){NO_DEFAULT}")  # fmt: skip
     defaults = ", ".join(f"{task} {rates['slip']}" for task, rates in TASKS.items())
     add("--slip", type=share, metavar="X", help=f"probability that a step is wrong at random (default: {defaults}){NO_DEFAULT}")
-    add("--base-steps", default=1500, type=count_up_to(200_000), metavar="N", help="training steps of the base model")
+    add("--base-steps", default=3000, type=count_up_to(200_000), metavar="N", help="training steps of the base model")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-every", default=100, type=count, metavar="N", help="steps between evaluations")
     add("--eval-samples", default=16, type=count_up_to(1000), metavar="N", help="samples at temperature 1 of each problem")

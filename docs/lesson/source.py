@@ -137,7 +137,7 @@ off_rl_is_right = check("off_rl_loss", off_rl_loss)
 # Now train with it: 200 steps of 64 rows, half of them correct. `lesson.train_with` is the loop: the rows, the optimizer and
 # the evaluations of `python train.py`.
 #
-# **Guess.** The base model solves 0.44 of the validation problems. What will it be after 200 steps? And which share of the
+# **Guess.** The base model solves 0.46 of the validation problems. What will it be after 200 steps? And which share of the
 # *correct* answers that it trains on will have *lost* probability?
 
 # %%
@@ -266,9 +266,9 @@ if guessed(fastest_guess):
 # **Say why**: which incorrect rows pull a correct answer down, and when?
 #
 # BEGIN SOLUTION
-# *Those of other problems, between steps 8 and 25. Before, the push takes from wrong tokens, and it helps. Once these are gone it
-# takes from what all answers share, the format and the arithmetic, and it is the stronger push until the weights have fallen.
-# The evaluations at steps 0 and 100 miss it.*
+# *Those of other problems, from about step 20 on. Before, the push takes from wrong tokens, and it helps. Once these are gone it
+# takes from what all answers share, the format and the arithmetic, and it is the stronger push for the next 20 steps. The
+# evaluations at steps 0 and 100 miss them.*
 # END SOLUTION *Your sentence:*
 
 # %% [markdown]
@@ -311,7 +311,7 @@ def fpa_loss(logits, ref_logits, tokens, mask, reward, lam=2.0):
 fpa_is_right = check("fpa_loss", fpa_loss)
 
 # %% [markdown]
-# **Guess** the accuracy after 200 steps of FPA at λ = 2. It was 0.44 at the start.
+# **Guess** the accuracy after 200 steps of FPA at λ = 2. It was 0.46 at the start.
 
 # %%
 # BEGIN SOLUTION
@@ -327,9 +327,9 @@ if guessed(fpa_guess):
     plt.show()
 
 # %% [markdown]
-# After 200 steps this seed of FPA is above Off-RL, but it is *below* its own start. The stored seeds go on to step 1,000 and
-# end far above it. So FPA drags correct answers too, in the first hundred steps, and then lets go of the incorrect ones. Why
-# does it let go? AdamW divides a common scale of all weights out. What counts is the ratio of the two kinds of weight.
+# After 200 steps this seed of FPA is far above its start. But FPA drags correct answers too: on the stored seeds more than a
+# third of them are below 0 at step 100. Then it lets go of the incorrect ones, and most of the correct ones come back. Why does
+# it let go? AdamW divides a common scale of all weights out. What counts is the ratio of the two kinds of weight.
 #
 # **Guess.** In the first 100 steps, what is the mean of C_l over the mean of C_w, for Off-RL and for FPA?
 
@@ -436,12 +436,12 @@ found = {"a": "not_detached", "b": "no_length", "c": "zero_one", "d": "wrong_sig
 bugs_are_found = check("find_the_bug", found)
 
 # %% [markdown]
-# All four faulty runs solve *more* problems than the right one after these 200 steps. Runs a and b even reach 0.95, and all
-# stored FPA runs are below that at step 200. On this task the faults of a and b act as stronger brakes. That is one seed and
-# 200 steps, and nothing is known of these faults beyond. **Say why**, and what you would have concluded from the accuracy alone.
+# Runs a and b solve *more* problems than the right one after these 200 steps, 0.97 and 0.99, and all stored FPA runs are below
+# that at step 200. On this task their faults act as stronger brakes. That is one seed and 200 steps, and nothing is known of
+# these faults beyond. **Say why**, and what you would have concluded from the accuracy alone.
 #
 # BEGIN SOLUTION
-# *The right run has dragged its correct rows down, and it recovers later: the stored ones end above 0.6 at step 1,000. `no_length`
+# *The right run has dragged some of its correct rows down, and it goes on to recover: it ends at 0.91 at step 1,000. `no_length`
 # weights a row by its whole probability, which is near 0 once the row has lost a few nats. `not_detached` turns the push round
 # where logp_mean is below about −1/(1 + λ). Both brake harder. `zero_one` is fine-tuning on correct rows, and `wrong_sign`
 # hardly moves. From the accuracy alone I would have kept a bug. These are one seed and 200 steps.*
@@ -453,7 +453,7 @@ bugs_are_found = check("find_the_bug", found)
 # Answer in two sentences. Name your own curve as evidence.
 #
 # BEGIN SOLUTION
-# *In my Off-RL run the accuracy falls to less than a third of its start within 100 steps, and most of the correct answers
+# *In my Off-RL run the accuracy falls to less than half of its start within 200 steps, and most of the correct answers
 # that it trains on lose probability. Incorrect answers are pushed down with a weight that falls only as they fall, and what
 # they share with correct answers, of this problem and of others, is pushed down with them.*
 # END SOLUTION *Your two sentences:*
@@ -470,10 +470,10 @@ bugs_are_found = check("find_the_bug", found)
 #
 # Then `python -m study.leaderboard my_brake.py` trains it on five seeds and prints its row beside the stored ones. The brake
 # to beat is *FPA, λ = 2, incorrect only*: the 95 % interval of the difference, seed by seed, has to be above 0. This is like
-# for like, because correct rows keep Off-RL's weight under your brake too. Try `--steps 200` first. At step 200 FPA on both
-# kinds of rows is still below its start on four of the five seeds, so it is easy to beat there.
+# for like, because correct rows keep Off-RL's weight under your brake too. Try `--steps 200` first, and
+# `--seed 0`, which trains one run. One seed has no interval.
 #
-# The first run trains a base model for each seed beyond the cached one. On one busy core this takes about three minutes a seed,
-# so about twelve minutes for the four. `--seed 0` skips this, but one seed has no interval.
+# The base models of the five seeds ship with the repository. The first run samples the rollouts of four of them, which takes a
+# minute on one busy core.
 #
 # Can a brake that does not look at π̄_ref do it? What does a brake that is a constant do?

@@ -23,7 +23,7 @@ from full_scale.published import empty_model, parameter_count
 from losses import LOSSES
 from model import GPTConfig
 from plumbing.log import COLUMNS, progress_line
-from study import claims, experiments, real, results, tune
+from study import claims, experiments, real, results
 
 ROOT, RESULTS = Path(__file__).resolve().parents[2], Path("results/slips")
 README, PAGES = Path("README.md"), sorted(Path("docs").glob("*.md"))
@@ -249,32 +249,41 @@ def claimed():
     return {name: measured for name, (_, measured, _) in claims.claims(runs()).items()}
 
 
-def test_the_default_task_is_the_one_that_the_rule_chose():
-    """docs/task.md's rule, applied to the pilot's runs in results/; its table; and the default of the command."""
-    rows, spread = [], {}
-    for args in experiments.commands("pilot", {}).values():
-        pilot, cells, passes = results.where(results.read_folder(Path("results")), habit=args.habit, slip=args.slip), [], True
+def piloted(name):
+    """[(parsed command, its cells of docs/task.md: starts → ends of Off-RL and FPA, whether it passes, sd of FPA's ends)]."""
+    found, all_runs = [], results.read_folder(Path("results"))
+    for args in experiments.commands(name, {}).values():
+        pilot = results.where(all_runs, habit=args.habit, slip=args.slip, base_steps=args.base_steps)
+        cells, passes = [], True
         for loss, sign in (("off_rl", -1), ("fpa", 1)):
             logs = [results.where(pilot, loss=loss, seed=seed)[0].log["test_accuracy"] for seed in range(2000, 2005)]
             passes &= all(sign * (log[-1] - log[0]) > 0 for log in logs)
             cells.append(", ".join(f"{log[0]:.2f} → {log[-1]:.2f}" for log in logs))
         deviation = statistics.stdev(log[-1] for log in logs)
-        spread |= {(args.habit, args.slip): deviation} if passes else {}
-        cells += ["yes" if passes else "no", f"{deviation:.3f}"]
-        rows.append([f"`--habit {args.habit} --slip {args.slip}`", *cells])
+        found.append((args, [*cells, "yes" if passes else "no", f"{deviation:.3f}"]))
+    return found
+
+
+def test_the_default_task_is_the_one_that_the_rule_chose():
+    """docs/task.md's rule, applied to the pilot's runs in results/; its table; and the default of the command."""
+    pilot = piloted("pilot")
+    rows = [[f"`--habit {args.habit} --slip {args.slip}`", *cells] for args, cells in pilot]
     assert table(Path("docs/task.md"), "setting") == rows
-    chosen = train.parse_args([])
-    assert chosen.task == "habit" and (chosen.habit, chosen.slip) == min(spread, key=spread.get)
+    passed = [(cells[-1], args) for args, cells in pilot if cells[-2] == "yes"]
+    default, (_, best) = train.parse_args([]), min(passed, key=lambda pair: pair[0])
+    assert default.task == "habit" and (default.habit, default.slip) == (best.habit, best.slip)
 
 
 def test_what_is_said_of_the_base_models():
-    starts = {tuple(run.get(name) for name in ("seed", "habit", "slip")): run for run in results.read_folder(Path("results"))}
-    starts = {names: run.log["accuracy"][0] for names, run in starts.items()}
-    lowest, *others = sorted(starts, key=starts.get)
     text = " ".join(prose(Path("docs/task.md")).split())
-    low, high = starts[others[0]], starts[others[-1]]
-    assert f"Of the {len(starts)} base models behind results/, {len(others)} answer {low:.2f} to {high:.2f}" in text
-    assert f"of seed {lowest[0]}, answers {starts[lowest]:.2f}." in text and lowest[0] in tune.SEEDS
+    default, ((args, cells),) = train.parse_args([]), piloted("short")
+    assert table(Path("docs/task.md"), "`--base-steps`") == [[str(args.base_steps), *cells]] and cells[-2] == "no"
+    gains = sorted(round(float(end) - float(start), 2) for start, end in re.findall(r"(\S+) → ([\d.]+)", cells[1]))
+    assert gains[0] < gains[1] == 0 < gains[2]  # below its start, at its start
+    same = {name: getattr(default, name) for name in ("habit", "slip", "base_steps")}
+    starts = [run.log["accuracy"][0] for run in results.where(results.read_folder(Path("results")), **same)]
+    assert f"answers {min(starts):.2f} to {max(starts):.2f} of the validation problems" in text
+    assert f"AdamW for {default.base_steps:,} steps" in text
 
 
 @functools.cache

@@ -297,14 +297,15 @@ def test_what_the_lesson_says_of_the_stored_runs():
     off_rl, fpa = where(lesson.stored(), loss="off_rl"), fpa_runs(lesson.stored())
     only = fpa_runs(lesson.stored(), target="incorrect")
     start, *later = (off_rl[0].log["accuracy"][i] for i in (0, 1, 2))
-    assert start == pytest.approx(0.44, abs=0.005) and max(later) < start / 2 and later[0] < start / 3
+    assert start == pytest.approx(0.46, abs=0.005) and later[1] < start / 2
     at_200 = fpa[0].log["accuracy"][2]
-    assert later[1] < at_200 < start < min(run.log["accuracy"][-1] for run in fpa)
+    assert at_200 > 1.5 * start and fpa[0].log["accuracy"][-1] == pytest.approx(0.91, abs=0.005)
+    below = [run.log["logratio_correct_below_0"] for run in fpa]
+    assert min(shares[1] for shares in below) > 1 / 3 and max(shares[-1] for shares in below) < 1 / 4
     ends = [statistics.mean(run.log["accuracy"][-1] for run in some) for some in (only, fpa, off_rl)]
-    assert ends == sorted(ends, reverse=True) == list(lesson.ends(only + fpa + off_rl).values())
+    assert ends == sorted(ends, reverse=True) == pytest.approx(list(lesson.ends(only + fpa + off_rl).values()))
     told = "".join(printed(cell) for cell in code(SOLUTIONS) if "lesson.ends" in cell.source)
     assert all(f"accuracy at the end: {end:.2f}" in told for end in ends)
-    assert sum(run.log["accuracy"][2] < run.log["accuracy"][0] for run in fpa) == 4  # the open task says so
     ratios = lesson.forecast(fpa)
     assert ratios[10] < 1 < ratios[80]
     shares = [run.tables["entanglement"]["share_net_below_0"].mean() for run in off_rl]
@@ -313,7 +314,7 @@ def test_what_the_lesson_says_of_the_stored_runs():
 
 def test_what_the_lesson_says_of_the_brakes():
     _, brakes = lesson.figure_brakes(fpa_runs(lesson.stored())[0], exercises.dpo_brake)
-    assert brakes["FPA"][1] < 0.5 < brakes["DPO"][1] < brakes["Off-RL"][1] and brakes["DPO"][-1] < 0.5
+    assert brakes["FPA"][1] < 0.3 < 0.4 < brakes["DPO"][1] < brakes["Off-RL"][1]
 
 
 def test_the_brakes_are_numbers_with_torch_too_and_the_legend_says_beta():
@@ -337,8 +338,8 @@ def test_what_the_lesson_says_of_its_own_run(solved):
         assert at_first > 16 > later
         rows = re.findall(r"^step +(\d+)   up +([-\d.]+)   down +([-\d.]+)   change ([-+\d.]+) nats", text, flags=re.M)
         up, down, change = ({int(row[0]): float(row[i]) for row in rows} for i in (1, 2, 3))
-        assert all(down[step] < 0 for step in (0, 2, 4)) and all(down[step] > up[step] > 0 for step in (12, 14, 16, 18))
-        assert 10 <= min(change, key=change.get) <= 26 and change[0] > 0 > min(change.values())
+        assert all(down[step] < 0 for step in (0, 4, 8)) and all(down[step] > up[step] > 0 for step in range(20, 41, 4))
+        assert 20 <= min(change, key=change.get) <= 48 and change[0] > 0 > min(change.values())
 
 
 def test_what_the_lab_says_of_the_faults():
@@ -352,8 +353,7 @@ def test_what_the_lab_says_of_the_faults():
     norms = {name: log["grad_norm"][-1] for name, log in named.items()}
     assert norms["no_length"] < 0.1 * min(norm for name, norm in norms.items() if name != "no_length")
     ends = {name: log["accuracy"][-1] for name, log in named.items()}
-    assert min(ends, key=ends.get) == "right" and all(run.log["accuracy"][-1] > 0.6 for run in fpa_runs(lesson.stored()))
     letters = {letter: logs[letter]["accuracy"][-1] for letter in "ab"}
     stored = [run.log["accuracy"][2] for target in ("both", "incorrect") for run in fpa_runs(lesson.stored(), target=target)]
-    assert [round(value, 2) for value in letters.values()] == [0.95, 0.95] and max(stored) < 0.94
-    assert ends["wrong_sign"] == pytest.approx(named["right"]["accuracy"][0], abs=0.05)
+    assert [round(value, 2) for value in letters.values()] == [0.97, 0.99] and max(stored) < 0.96 and ends["right"] < 0.9
+    assert ends["wrong_sign"] == pytest.approx(named["right"]["accuracy"][0], abs=0.05)  # it hardly moves

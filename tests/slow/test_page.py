@@ -78,7 +78,7 @@ def test_the_page_holds_the_runs(made, compared):
         ("FPA, λ = 2", colour_of("fpa")),
     ]
     assert data_of(made)["colours"] == {name: colour_of(name) for name in ("off_rl", "fpa", "topr", "constant")}
-    assert len(data["pairs"]) == 23 and data["steps"] == list(range(0, 1001, 100))
+    assert len(data["pairs"]) == 24 and data["steps"] == list(range(0, 1001, 100))
     drags = [sum(numbers(pair["ratios"][0][0][-1])) for pair in data["pairs"]]
     assert drags == sorted(drags) and drags[0] < drags[-1]
     for pair in data["pairs"][::5]:
@@ -133,7 +133,7 @@ def test_plots_has_a_door_to_the_page_of_own_runs(tmp_path, capsys):
         (tmp_path / f"{name}.csv").write_text("".join([lines[0], *(line for line in lines if line.split(",")[0] in kept)]))
     plots.run([str(tmp_path), "--html"])
     path = tmp_path / "figures" / "report.html"
-    assert f"page          {path}" in capsys.readouterr().out and len(toy_of(path)["pairs"]) == 23
+    assert f"page          {path}" in capsys.readouterr().out and len(toy_of(path)["pairs"]) == 24
 
 
 def test_what_is_missing_is_one_line(tmp_path):
@@ -329,7 +329,7 @@ def test_a_simulation_is_gradient_descent_with_losses(opened):
 def test_real_tokens_play_and_are_linked(opened, made):
     tab, data = opened(), toy_of(made)
     pair = data["pairs"][2]
-    assert tab.evaluate("state.pair") == 2 and "9 % are dragged more" in tab.inner_text("#pair-is")
+    assert tab.evaluate("state.pair") == 2 and "8 % are dragged more" in tab.inner_text("#pair-is")
     cells = tab.locator("#correct .cell")
     assert "".join(cells.all_inner_texts()).count("".join(pair["tokens"][0][:8])) == 2  # Off-RL above FPA
 
@@ -351,7 +351,7 @@ def test_real_tokens_play_and_are_linked(opened, made):
     tab.locator("#curve svg").click(position={"x": box["width"] - 12, "y": 60})  # and the curve moves the slider
     assert tab.evaluate("state.step") == 10 and tab.input_value("#step") == "10" and colours() == last
     counts = tab.evaluate("real().counts.map(some => some.map(at => at[real().last]))")
-    assert [sum(some) for some in counts] == [23, 23]
+    assert [sum(some) for some in counts] == [24, 24]
     below = [sum(sum(numbers(pair["ratios"][m][0][-1])) < 0 for pair in data["pairs"]) for m in (0, 1)]
     assert [sum(some[:8]) for some in counts] == below  # the bars left of 0
     bar = tab.locator(".bin[data-m='1']").first

@@ -13,8 +13,10 @@ from test_train import TINY
 
 import plots
 import train
+from plumbing import files
 from plumbing.files import UserError
-from study import claims, drawing, experiments, results, tables
+from study import claims, drawing, experiments, results, tables, tune
+from toy_math import stages
 
 FOLDER = Path("results/slips")  # the first study
 RUNS = results.read_folder(FOLDER)
@@ -259,9 +261,24 @@ def test_an_experiment_is_run_gathered_and_then_held(tmp_path, monkeypatch, caps
     assert "gathered      2 new runs" in capsys.readouterr().out
     assert same_runs(results.read_folder(tmp_path / "tables"), results.read_folder(tmp_path / "runs"))
     assert all({"entanglement", "tokens"} <= set(run.tables) for run in results.read_folder(tmp_path / "tables"))
+    assert {path.name for path in tables.BASES.iterdir()} <= {path.name for path in (tmp_path / "runs/cache").iterdir()}
     monkeypatch.setattr(train, "main", None)
     experiments.run(["tiny", *flags])
     assert "gathered      0 new runs" in capsys.readouterr().out
+
+
+def test_train_begins_from_the_stored_base_models(tmp_path, capsys):
+    """One for each seed but the pilot's; a model that is there stays."""
+    tables.copy_stages(tables.BASES, tmp_path)
+    copied = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    seeds = [*range(5), *tune.SEEDS, *results.SEEDS]
+    args = train.parse_args(["--out", str(tmp_path)])
+    for seed in seeds:
+        settings, _ = stages.stage_settings(args, seed, 1024)
+        stages.base_model(args, seed, settings, tmp_path / "cache" / f"base-{files.digest(settings)}.safetensors")
+    assert capsys.readouterr().out.count("cached") == len(seeds) == len(copied) / 2
+    tables.copy_stages(tables.BASES, tmp_path)
+    assert copied == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
 
 
 # --- verdicts
