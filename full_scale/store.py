@@ -15,7 +15,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from plumbing.files import UserError, digest, read_json, write_json
-from plumbing.keeper import set_updates, training_tensors, updates
+from plumbing.keeper import set_steps_taken, steps_taken, training_tensors
 
 from .processes import agreed, is_first
 
@@ -50,7 +50,7 @@ class ShardedStore:
         tensors = training_tensors(self.model, self.optimizer)
         with one_line_of(checkpoint):
             dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
-        set_updates(self.optimizer, found[name]["updates"])
+        set_steps_taken(self.optimizer, found[name]["updates"])
         return found[name]
 
     def save(self, state):
@@ -67,7 +67,8 @@ class ShardedStore:
             dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(new), shards, save_distributed=True))
         dist.barrier()
         if is_first():
-            state = {**state, "updates": updates(self.optimizer), "files": {p.name: block_checksum(p) for p in new.iterdir()}}
+            files = {path.name: block_checksum(path) for path in new.iterdir()}
+            state = {**state, "updates": steps_taken(self.optimizer), "files": files}
             write_json(new / "state.json", {**state, "digest": digest(state)})
             if old.exists():
                 old.rename(self.folder / "checkpoint.old")

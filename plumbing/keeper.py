@@ -1,4 +1,4 @@
-"""What keeps a training loop's work: signals, checkpoints, and the `Keeper` that gives every loop both.
+"""What keeps a training loop's work: signals, checkpoints, and the `Keeper` that gives every loop both. And its optimizer.
 
     with Keeper(store, parts, total=1000, every=100) as keeper:
         for step in keeper.steps():     # from the last checkpoint on
@@ -24,11 +24,11 @@ from .log import progress
 class Keeper:
     """Resumes, counts, saves and stops a training loop.
 
-    A checkpoint is saved after the body of a step, every `every` steps. Where Ctrl-C or SIGTERM came in that step, it is saved
-    too, and Interrupted is raised. A second Ctrl-C ends at once. Leaving the block without an error removes the checkpoint. A
-    signal that came in the last step, or later, is raised only then, so that the result is not lost. `stopping` turns the list
-    of caught signals into the signal to stop for, or None; several processes agree there. Raises UserError where the checkpoint
-    is damaged.
+    A checkpoint is saved after the body of a step, every `every` steps. After a step with Ctrl-C or SIGTERM one is saved too,
+    and Interrupted is raised. If the signal comes in the last step or later, the block ends first, so that the result is not
+    lost. A second Ctrl-C ends at once. Leaving the block without an error removes the checkpoint. `stopping` turns the list of
+    caught signals into the signal to stop for, or None; several processes agree there. Raises UserError where the checkpoint is
+    damaged.
     """
 
     def __init__(self, store, parts, *, total, every, resume=True, desc="", title="", stopping=None, say=print, bar=True):
@@ -178,12 +178,12 @@ def training_tensors(model, optimizer):
     return tensors
 
 
-def updates(optimizer):
+def steps_taken(optimizer):
     """How many steps the optimizer has taken."""
     return next((int(state["step"]) for state in optimizer.state.values()), 0)
 
 
-def set_updates(optimizer, count):
+def set_steps_taken(optimizer, count):
     for state in optimizer.state.values():
         state["step"].fill_(count)
 
@@ -200,7 +200,7 @@ def content_checksum(state, tensors):
 def save_checkpoint(path, model, optimizer, state, tensors):
     """Put all that a run needs to go on into one file: weights, moments, other tensors, and `state`, which JSON can hold."""
     tensors = {**training_tensors(model, optimizer), **tensors}
-    state = json.dumps({**state, "updates": updates(optimizer)})
+    state = json.dumps({**state, "updates": steps_taken(optimizer)})
     write_tensors(path, tensors, {"state": state, "sha256": content_checksum(state, tensors)})
 
 
@@ -223,7 +223,7 @@ def load_checkpoint(path, model, optimizer, **expected):
         with torch.no_grad():
             for name, tensor in training_tensors(model, optimizer).items():
                 tensor.copy_(tensors.pop(name))
-        set_updates(optimizer, state["updates"])
+        set_steps_taken(optimizer, state["updates"])
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: damaged ({error}); --no-resume begins anew") from None
     return state, tensors

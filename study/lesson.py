@@ -48,7 +48,7 @@ def world(out="runs"):
 
 
 def stored():
-    """The committed runs of train.py's default setting: Off-RL, FPA and SFT, five seeds each."""
+    """The committed runs of train.py's default setting: Off-RL, FPA, FPA on incorrect rows only, and SFT, five seeds each."""
     return main_runs(read_folder(ROOT / "results"))
 
 

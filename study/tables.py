@@ -1,7 +1,8 @@
 """The tables of results/: what they hold, and the way of finished runs into them. And the command that runs what they lack.
 
-runs.csv has a row a run with its settings, and names its experiments. curves.csv and the tables of study/diagnostics.py have
-the rows of all runs, each with its run's id. study/results.py reads them.
+runs.csv has a row a run with its settings, and names its experiments. curves.csv has the rows of all runs, each with its run's
+id. The tables of study/diagnostics.py have those of runs with `--diagnostics`, and tokens.csv those of seed 0 alone.
+study/results.py reads them.
 """
 
 import json
@@ -105,7 +106,7 @@ def append(path, sources):
         write_table(path, [{"id": run, **row} for run, some in rows.items() for row in some])
 
 
-# --- the stored base models
+# --- stored stages
 
 
 def copy_stages(source, out):
@@ -124,7 +125,7 @@ def copy_stages(source, out):
 
 
 def run_names(argv, program, description, what, known, run_one, listing, to="results"):
-    """A command that runs what it is given the names of, or lists it; tune.py's too. A wrong name is one line and exit code 2.
+    """The command of experiments, tune, scale and real: it runs what is named, or lists it. A wrong name is one line.
 
     run_one(name, args) runs one, and listing(folder) is the text of the list; args holds out, to and jobs.
     """

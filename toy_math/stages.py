@@ -161,7 +161,7 @@ def drawn(count, ops, split, seed):
 def rollouts(args, seed, model, problems, path):
     """`--rollouts` samples at temperature 1 for each training problem, verified: rows as in toy_math/rollouts.py.
 
-    And what they are, with the seconds that they took.
+    Returns (rows, facts): what they are, and the seconds that they took.
     """
     if facts := read_beside(path):
         print(f"rollouts      cached       {path}")
@@ -183,7 +183,7 @@ def rollouts(args, seed, model, problems, path):
 def reference_logits(args, model, tokens, start, path):
     """The reference policy's logits (N, T - start, V), computed once: a training step then costs no reference forward.
 
-    And the seconds that they took.
+    Returns (logits, facts), the seconds that they took among the latter.
     """
     if facts := read_beside(path):
         print(f"reference     cached       {path}")
@@ -244,7 +244,7 @@ def add_task_flags(parser):
     add("--rollouts", default=8, type=count_up_to(1000), metavar="N", help="samples for each training problem, "
         "and in a group of grpo's")  # fmt: skip
     add("--task", default=DEFAULT_TASK, type=one_of(TASKS), metavar="NAME", help="errors of the base model's corpus: habit, "
-        "systematic ones, or slips, random ones alone")  # fmt: skip
+        "systematic and random ones, or slips, random ones alone")  # fmt: skip
     add("--ops", default=6, type=count_up_to(50), metavar="N", help="operations in a problem")
     add("--habit", type=share, metavar="X", help="habit: probability that a step forgets its carry or borrow with a digit of "
         f"7, 8 or 9 (default: {TASKS['habit']['habit']}){NO_DEFAULT}")  # fmt: skip

@@ -57,8 +57,8 @@ print({label(method): len(some) for method, some in by_method(runs).items()})
 # %% [markdown]
 # ## 1. What does the base model get wrong? (10 min)
 #
-# A problem is a two-digit start and six operations from left to right, all mod 100. The base model has imitated traces that
-# mostly forget the carry with a digit of 7, 8 or 9. It has answered each of 1,024 problems eight times, and each answer was
+# A problem is a two-digit start and six operations from left to right, all mod 100. The base model has imitated traces with
+# a habit: where + or − with a digit of 7, 8 or 9 needs a carry or a borrow, they mostly forget it. It has answered each of 1,024 problems eight times, and each answer was
 # checked. These *rollouts* are all the data that there will be. Here are two answers to one problem.
 
 # %%
@@ -267,8 +267,8 @@ if guessed(fastest_guess):
 #
 # BEGIN SOLUTION
 # *Those of other problems, from about step 20 on. Before, the push takes from wrong tokens, and it helps. Once these are gone it
-# takes from what all answers share, the format and the arithmetic, and it is the stronger push for the next 20 steps. The
-# evaluations at steps 0 and 100 miss them.*
+# takes from what all answers share, the format and the arithmetic. Up to step 40 it is the stronger push. The change lags behind
+# the push, because AdamW steps along a running mean of gradients. The pairs of the figure above show none of this.*
 # END SOLUTION *Your sentence:*
 
 # %% [markdown]
@@ -327,11 +327,12 @@ if guessed(fpa_guess):
     plt.show()
 
 # %% [markdown]
-# After 200 steps this seed of FPA is far above its start. But FPA drags correct answers too: on the stored seeds more than a
-# third of them are below 0 at step 100. Then it lets go of the incorrect ones, and most of the correct ones come back. Why does
-# it let go? AdamW divides a common scale of all weights out. What counts is the ratio of the two kinds of weight.
+# After 200 steps this seed of FPA is far above its start. But FPA drags correct answers too: on the stored seeds 0.34 to
+# 0.67 of them are below 0 at step 100. Then FPA pushes the incorrect ones less. At the end the share is 0.12 to 0.24, and a tail
+# stays far down. Why does it push less? AdamW divides a common scale of all weights out. What counts is the ratio of the two kinds
+# of weight.
 #
-# **Guess.** In the first 100 steps, what is the mean of C_l over the mean of C_w, for Off-RL and for FPA?
+# **Guess.** In the first 100 steps, what is the mean weight C_l |y| over the mean weight C_w |y|, for Off-RL and for FPA?
 
 # %%
 # BEGIN SOLUTION
@@ -354,7 +355,7 @@ if guessed(off_rl_ratio_guess, fpa_ratio_guess):
 #
 # BEGIN SOLUTION
 # *FPA on both kinds also takes weight from correct rows that were dragged down, and these need it most. With the brake on
-# incorrect rows only, C_w stays near 1 and the ratio is smaller from the start.*
+# incorrect rows only, the weight of correct rows stays near 1, and the ratio is smaller from the start.*
 # END SOLUTION *Your sentence:*
 
 # %% [markdown]
@@ -400,8 +401,8 @@ if check("dpo_brake", dpo_brake):
 # The three brakes are of the same rows of the same run. **Say why** DPO's and FPA's differ in the first hundred steps.
 #
 # BEGIN SOLUTION
-# *DPO looks at the difference of two log-ratios, so it does not brake while both fall together, which is what the drag is.
-# FPA looks at the incorrect row alone.*
+# *DPO brakes less. It looks at the difference of two log-ratios, so each nat that the correct row falls takes a nat of braking
+# back. FPA looks at the incorrect row alone.*
 # END SOLUTION *Your sentence:*
 
 # %% [markdown]

@@ -86,7 +86,7 @@ def test_the_two_commands_are_there_and_ci_runs_the_second():
     second = "pip install -r tests/requirements.txt && python -m pytest -n 2 --dist worksteal"
     assert blocks(README)[0].splitlines() == [
         "pip install -r requirements.txt && python train.py",
-        "python train.py --loss fpa --lam 2",
+        "python train.py --loss fpa --lam 5",
     ]
     assert second in commands(README) and second in Path(".ci/run").read_text()
     assert train.parse_args([]).loss == ["off_rl", "fpa"]
@@ -282,7 +282,7 @@ def test_what_is_said_of_the_base_models():
     assert gains[0] < gains[1] == 0 < gains[2]  # below its start, at its start
     same = {name: getattr(default, name) for name in ("habit", "slip", "base_steps")}
     starts = [run.log["accuracy"][0] for run in results.where(results.read_folder(Path("results")), **same)]
-    assert f"answers {min(starts):.2f} to {max(starts):.2f} of the validation problems" in text
+    assert f"answer {min(starts):.2f} to {max(starts):.2f} of the validation problems" in text
     assert f"AdamW for {default.base_steps:,} steps" in text
 
 
