@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,17 +139,27 @@ def test_results_are_those_of_the_tables_and_of_the_program_in_the_docs(capsys):
     assert len(printed) == 3 and all(f"p {float(p):.2g}," in text for p in printed)
 
 
+LABELS = {"off_rl": "Off-RL", "fpa": "FPA", "power": "`power`", "topr": "TOPR"}  # the lower the ratio, the higher the accuracy
+
+
 def test_the_texts_state_its_numbers():
     text = (ROOT / "results" / "smollm2" / "results.md").read_text()
     page, readme = ((ROOT / name).read_text() for name in ("docs/findings.md", "README.md"))
     section = page.split("## Does it hold on a published model?")[1].split("\n## ")[0]
     bullet = readme.split("- [A published model]")[1].split("\n- ")[0]
     numbers = re.findall(r"-?\d+\.\d+ ± \d+\.\d+", section)
-    assert len(numbers) == 9 and all(number in text for number in numbers), numbers
+    assert len(numbers) == 12 and all(number in text for number in numbers), numbers
     for claim, verdict in re.findall(r"(R\d[ab]?) is\s+(?:\w+\s+)?(undecided|supported|contradicted)", section):
         assert re.search(rf"^\| {claim}: .*\*\*{verdict}\*\*", text, flags=re.M), claim
     assert "5.78, 0.300 to 111 (claim: < 1)" in text and "5.78 times" in section and "from 0.300 to 111" in section
     assert section.count("undecided") == 2 and bullet.count("undecided") == 1
+    means = {}
+    for name in ("off_rl", "fpa", "power", "topr"):
+        logs = [run.log for run in real.study(Path("results/smollm2"))[name].values()]
+        means[name] = statistics.mean(log["coefficient_incorrect"][1] / log["coefficient_correct"][1] for log in logs)
+    words = [f"{means[name]:.2f} under {label}" for name, label in LABELS.items()]
+    assert "its mean is {}, {}, {} and {}.".format(*words) in " ".join(section.split()), words
+    assert sorted(means, key=means.get, reverse=True) == list(LABELS)
 
 
 @pytest.mark.parametrize("prefix", [0, 40])
