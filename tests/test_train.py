@@ -29,7 +29,7 @@ from toy_math.problems import read_problem, verify
 from toy_math.rollouts import read_rows
 
 # One operation, so that a base model of a few seconds already gets answers right and wrong.
-TINY = "--task habit --ops 1 --base-steps 300 --slip 0.3 --prompts 24 --rollouts 4 --steps 10 --eval-every 5".split()
+TINY = "--task habit --ops 1 --base-steps 600 --slip 0.3 --prompts 24 --rollouts 4 --steps 10 --eval-every 5".split()
 TINY += "--batch-size 8 --device cpu".split()
 
 
