@@ -1,4 +1,4 @@
-"""What keeps a training loop's work: signals, checkpoints, and the `Keeper` that gives every loop both. And its optimizer.
+"""The optimizer of a training loop, and what keeps its work: signals, checkpoints, and the `Keeper` that gives every loop both.
 
     with Keeper(store, parts, total=1000, every=100) as keeper:
         for step in keeper.steps():     # from the last checkpoint on

@@ -183,7 +183,7 @@ def rollouts(args, seed, model, problems, path):
 def reference_logits(args, model, tokens, start, path):
     """The reference policy's logits (N, T - start, V), computed once: a training step then costs no reference forward.
 
-    Returns (logits, facts), the seconds that they took among the latter.
+    Returns (logits, facts): the facts hold the seconds that they took.
     """
     if facts := read_beside(path):
         print(f"reference     cached       {path}")

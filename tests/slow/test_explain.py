@@ -42,7 +42,7 @@ def test_the_screen_adds_up(loss, out):
     )  # the latter: what the step is for, to first order: r C times the change of logp_sum
     for name, reward in (("correct", 1), ("incorrect", -1)):
         ((length, pi, pi_hat, present, future, ratio),) = numbers(screen, name)
-        assert 0 < pi <= 1 and 0 <= pi_hat <= 1 and length > 5
+        assert 0 < pi < 1 and 0 <= pi_hat < 1 and length > 5
         ratios.append(ratio)
         assert ratio == pytest.approx(future / present, abs=0.01 + 1e-4 / present)
         if loss in ("off_rl", "fpa", "simper"):  # the weight of grad logp_mean is the trajectory's probability

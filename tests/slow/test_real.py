@@ -154,9 +154,9 @@ def test_the_texts_state_its_numbers():
     assert "5.92, 3.29 to 10.7 (claim: < 1)" in text and "5.92 times" in section
     assert "from 3.29 to 10.7," in " ".join(section.split())
     assert section.count("undecided") == 2 and bullet.count("undecided") == 1
-    means = {}
-    for name in ("off_rl", "fpa", "power", "topr"):
-        logs = [run.log for run in real.study(Path("results/smollm2"))[name].values()]
+    cases, means = real.study(Path("results/smollm2")), {}
+    for name in LABELS:
+        logs = [run.log for run in cases[name].values()]
         means[name] = statistics.mean(log["coefficient_incorrect"][1] / log["coefficient_correct"][1] for log in logs)
     words = [f"{means[name]:.2f} under {label}" for name, label in LABELS.items()]
     assert "its mean is {}, {}, {} and {}.".format(*words) in " ".join(section.split()), words

@@ -81,9 +81,9 @@ def test_grpo_samples_what_it_trains_on(finished, tmp_path):
 
 
 def test_coefficients_are_averaged_over_the_steps_that_have_them(finished, tmp_path):
-    words = ["--loss", "grpo", "--dapo", "--steps", "24", "--batch-size", "4"]  # one group a step, often all of one reward
+    words = ["--loss", "grpo", "--dapo", "--steps", "8", "--batch-size", "4"]  # one group a step, often all of one reward
     every = read_log(run_with_cache(finished, tmp_path / "every", *words, "--eval-every", "1")[0])[1:]
-    last = read_log(run_with_cache(finished, tmp_path / "last", *words, "--eval-every", "24")[0])[-1]
+    last = read_log(run_with_cache(finished, tmp_path / "last", *words, "--eval-every", "8")[0])[-1]
     values = [float(row["coefficient_correct"]) for row in every]
     there = [value for value in values if value == value]
     assert 0 < len(there) < len(values) and float(last["coefficient_correct"]) == pytest.approx(
