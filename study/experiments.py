@@ -59,7 +59,7 @@ def main(runs):
 def tuned(runs, more="", families=tune.FAMILIES):
     """Families at the settings that their tuning chose, with more flags."""
     found = {name: tune.search(name, tune.scores(name, runs)).chosen for name in families}
-    return {name: f"{tune.words(name, chosen)} --skip-nonfinite 1000{more}" for name, chosen in found.items() if chosen}
+    return {name: f"{tune.words(name, chosen)}{more}" for name, chosen in found.items() if chosen}
 
 
 def final(runs):
@@ -126,8 +126,8 @@ EXPERIMENTS = {
     "main": (main, FIVE),
     **{f"{name}-grid": (functools.partial(grid, name), GRID_SEEDS) for name in CASES},
     "final": (final, SEEDS),
+    "extrapolation": (extrapolation, SEEDS),  # with diagnostics, so before others that have some of its runs without
     "rates": (rates, SEEDS),
-    "extrapolation": (extrapolation, SEEDS),
     "prolonged": (prolonged, SEEDS),
     **{name: (functools.partial(at_best, name), SEEDS) for name in CASES},
     "slips": (slips, SEEDS),
@@ -140,8 +140,8 @@ def parsed(flags):
 
 
 def command_of(flags, seeds, out="runs", jobs=0):
-    """The parsed command of some flags and seeds."""
-    return argparse.Namespace(**{**parsed(flags), "seed": list(seeds), "out": Path(out), "jobs": jobs})
+    """The parsed command of some flags and seeds. A run that diverges ends with a low score and stops no other."""
+    return argparse.Namespace(**{**parsed(flags), "seed": list(seeds), "out": Path(out), "jobs": jobs, "skip_nonfinite": 1000})
 
 
 def commands(name, runs, out="runs", jobs=0):

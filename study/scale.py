@@ -56,12 +56,18 @@ def grid(lr):
     return settings_of(experiments.on_grid("--loss fpa --lam 2", lr), experiments.GRID_SEEDS, optimizer="sgd")
 
 
+def best_rate(runs):
+    """SGD's rate with the best mean over the grid's seeds; None where a run is not held."""
+    scores = {lr: [final(runs[run]) for run in map(identity, grid(lr)) if run in runs] for lr in RATES}
+    if all(len(some) == len(experiments.GRID_SEEDS) for some in scores.values()):
+        return max(scores, key=lambda lr: sum(scores[lr]))
+
+
 def members(runs):
     """{case: {id: settings}}, of SGD and AdamW once their rates are chosen."""
     cases = {f"SGD, {lr:g}": grid(lr) for lr in RATES}
-    scores = {lr: [final(runs[run]) for run in map(identity, grid(lr)) if run in runs] for lr in RATES}
-    if all(len(some) == len(experiments.GRID_SEEDS) for some in scores.values()):
-        flags = f"--loss fpa --lam 2 --lr {max(scores, key=lambda lr: sum(scores[lr])):g}"
+    if lr := best_rate(runs):
+        flags = f"--loss fpa --lam 2 --lr {lr:g}"
         cases["SGD"] = settings_of(flags, SEEDS, optimizer="sgd")
         cases["SGD, mean 1"] = settings_of(flags, SEEDS, optimizer="sgd", scale="mean1")
     if flags := experiments.at_best("lambda", runs).get(CASE):

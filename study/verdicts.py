@@ -287,7 +287,7 @@ def numbers_of(runs, index=-1, shown=SHOWN):
     cells = []
     for column in shown.values():
         mean, half = mean_and_interval(each(runs, lambda run: run.log[column][index]))
-        cells.append(f"{mean:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}"))
+        cells.append(f"{round(mean, 3) + 0.0:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}"))
     return cells
 
 
@@ -318,14 +318,10 @@ def results(folder):
         came = f"`{tune.words(name, some.chosen)}`" if some.chosen else f"missing: {len(some.missing)} runs of this round"
         rows.append([f"`{name}`", len(some.asked), f"{some.score:.3f}" if some.chosen else "", came])
     tuning = table(["family", "rounds", "validation pass@1, T = 0.7", "chosen"], rows)
-    grids = table(
-        ["case", "learning rate"],
-        [
-            [case, f"{lr:g}{', an end of the grid' * (lr in (RATES[0], RATES[-1]))}"]
-            for name in CASES
-            for case, lr in best_rates(name, held_runs).items()
-        ],
-    )
+    best = [(case, lr, RATES) for name in CASES for case, lr in best_rates(name, held_runs).items()]
+    best += [("SGD", lr, scale.RATES) for lr in [scale.best_rate(held_runs)] if lr]
+    ends = [(case, f"{lr:g}{', an end of the grid' * (lr in (grid[0], grid[-1]))}") for case, lr, grid in best]
+    grids = table(["case", "learning rate"], ends)
     return (
         "# Results of the study on `habit`\n\nWritten by `python -m study.verdicts`.\n\n"
         f"## Claims\n\n{text}\n\n{claims_table(found)}\n"

@@ -197,6 +197,17 @@ def test_the_experiments_are_listed(capsys):
     assert all(int(held) <= int(runs) for _, runs, held, _ in lines)
 
 
+def test_the_first_experiment_of_a_run_asks_for_its_diagnostics_and_no_run_stops_the_others():
+    first, seen = {}, 0
+    for name in experiments.EXPERIMENTS:
+        for args in experiments.commands(name, {}).values():
+            assert args.skip_nonfinite >= args.steps // 4
+            for settings in train.run_settings(args).values():
+                seen += tables.identity(settings) in first
+                assert first.setdefault(tables.identity(settings), args.diagnostics) >= args.diagnostics, (name, settings)
+    assert seen  # of Off-RL at 2e-4, which two experiments have
+
+
 def test_hours_are_those_of_own_runs_or_of_runs_like_them():
     runs, _ = tables.held(FOLDER)
     main = {run.folder.name: run.config for run in MAIN}
