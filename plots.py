@@ -56,7 +56,7 @@ def whose(methods):
 def symlog(axis):
     """An axis of log-ratios on which -0.5 and -50 can both be read."""
     axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    axis.set_yscale("symlog", linthresh=1)
+    axis.set_yscale("symlog", linthresh=1, subs=range(2, 10))
     axis.set_ylabel("log-ratio [nats], symlog")
     axis.yaxis.set_major_formatter("{x:g}")
 
@@ -137,8 +137,9 @@ def figure_drag(runs):
 
 
 def figure_dynamics(runs):
-    """Log-ratios are to the base model: below 0 a trajectory lost probability. The coefficient is its weight in the gradient. A
-    brake below 1 means that the future policy weights incorrect trajectories less than the present one does.
+    """Log-ratios are to the base model: below 0 a trajectory lost probability. The coefficient is the weight of a trajectory in
+    the gradient. A brake below 1: the future policy weights incorrect trajectories less than the present one does. A loss
+    without a future policy stays at 1.
     """
     chosen = few(main_runs(runs))
     return over_steps([panel_accuracy, panel_logratios, panel_coefficient, panel_ratio], 2, 2, by_method(chosen)), chosen

@@ -108,18 +108,18 @@ def panel_dots(axis, methods, values=final):
     for y, (colour, _, runs) in enumerate(rows):
         numbers = [values(run) for run in runs]
         mean, half = mean_and_interval(numbers)
-        axis.plot(numbers, [y] * len(numbers), "o", color=colour, alpha=0.35, markersize=5, markeredgewidth=0)
+        axis.plot(numbers, [y] * len(numbers), "o", color=colour, alpha=0.6, markersize=5, markeredgewidth=0, zorder=3)
         axis.errorbar(
             mean, y, xerr=None if np.isnan(half) else half, fmt="|", color=colour, markersize=14, capsize=3, linewidth=1.8
         )
     axis.set_yticks(range(len(rows)), [label(method) for _, method, _ in rows], fontsize=8)
-    axis.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), xlabel="pass@1")
+    axis.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), xlabel="pass@1 at T = 1")
     axis.grid(axis="x", alpha=0.3)
 
 
 def figure_losses(runs):
-    """Every loss, at its own best learning rate where other seeds chose one. A dot is a seed; the tick is the mean, the bar its
-    interval. Final: of the last evaluation. Best: of any evaluation.
+    """Every loss at the learning rate beside its name. A dot is a seed; the tick is the mean, the bar its interval. Final: of
+    the last evaluation. Best: of any evaluation.
     """
     chosen = [run for some in tuned(runs).values() for run in some] or main_runs(runs)
     if len(by(chosen, lambda run: run.config["loss"])) < 3:
