@@ -2,7 +2,8 @@
 
 Commands: load_hf.py, gym.py, rollouts.py, train.py, evaluate.py. train.py is made of data.py, policy.py, reference.py, exam.py,
 store.py, log.py and processes.py; load_hf.py of published.py, prompts.py and gguf_file.py; formats.py and rows.py read data.
-chunked.py can be copied alone. sums.jsonl has worked examples. Nothing here imports the toy's train.py, and nothing draws.
+chunked.py can be copied alone. sums.jsonl and differences.jsonl have worked examples. Nothing here imports the toy's train.py,
+and nothing draws.
 """
 
 import sys

@@ -155,19 +155,29 @@ def test_a_checkpoint_is_asked_and_judged(checkpoint, tmp_path):
 
 
 @here
-def test_the_worked_examples_are_right_and_asked_alike(tmp_path):
-    """As in docs/full_scale.md's command, which makes the study's problems but for their number."""
+def test_the_documented_command_makes_the_studys_problems_but_for_their_number():
     page = (ROOT / "docs" / "full_scale.md").read_text()
     (command,) = re.findall(r"^python -m full_scale\.gym (basic_arithmetic .*)$", page, flags=re.M)
-    documented, studied = (dict(split(words)) for words in (command, real.PROBLEMS))
-    assert documented["--config"] == studied["--config"] and set(documented) == {*studied, "--to"}
-    config = documented["--config"]
-    ((line,),) = problems(tmp_path, "--count", 1, task=["basic_arithmetic", "--config", *config])
-    for shot in map(json.loads, (ROOT / "full_scale" / "sums.jsonl").read_text().splitlines()):
-        a, b, c = map(int, re.findall(r"\d", shot["problem"]))
-        assert shot["problem"] == re.sub(r"\d", "{}", line["problem"]).format(a, b, c)
-        steps = f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}"
-        assert shot["solution"] == f"{steps}. Answer: {a + b + c}" and shot["answer"] == str(a + b + c)
+    documented, studied = (dict(split(words)) for words in (command, real.PROBLEMS["sums"]))
+    assert sorted(documented["--config"]) == sorted(studied["--config"]) and set(documented) == {*studied, "--to"}
+
+
+@here
+@pytest.mark.parametrize("task", real.PROBLEMS)
+def test_worked_examples_are_right_asked_alike_and_not_held_out(task, tmp_path):
+    shots = [json.loads(line) for line in (ROOT / "full_scale" / f"{task}.jsonl").read_text().splitlines()]
+    words = shlex.split(real.PROBLEMS[task])
+    asked, held_out = problems(tmp_path, *words[1:], task=words[:1], to=("problems.jsonl", "held_out.jsonl"))
+    assert (len(asked), len(held_out), len(shots)) == (96, 48, 8)
+    assert not {shot["problem"] for shot in shots} & {line["problem"] for line in held_out}
+    for problem in (*asked, *shots):
+        assert re.fullmatch(r"Calculate \d+ [+-] \d+ [+-] \d+\.", problem["problem"])
+    for shot in shots:
+        a, sign, b, other, c = re.findall(r"\d+|[+-]", shot["problem"])
+        first = int(a) + int(sign + b)
+        second = first + int(other + c)
+        steps = f"{a} {sign} {b} = {first}, {first} {other} {c} = {second}"
+        assert shot["solution"] == f"{steps}. Answer: {second}" and shot["answer"] == str(second)
 
 
 def split(command):

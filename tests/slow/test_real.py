@@ -16,20 +16,22 @@ from test_full_scale_training import taught  # noqa: F401 (a fixture)
 from test_model import make
 
 from study import forecast, page, real, rule, verdicts
-from study.results import Run, read_folder
+from study.results import Run, forecasts, read_folder
 
 
 @pytest.fixture
 def small(taught, tmp_path, monkeypatch):  # noqa: F811
     """A function that runs the command; the study's settings are those of a tiny checkpoint, four steps and two seeds."""
     folder, problems = taught
-    place, lines = tmp_path / "runs" / real.EXPERIMENT, problems.read_text().splitlines()
-    place.mkdir(parents=True)
-    write(place / "problems.jsonl", *lines[:4])
-    write(place / "held_out.jsonl", *lines[4:])
-    training = f"--init {folder} --lr 1e-3 --batch-size 8 --micro-batch 8 --eval-samples 8 --no-save-model"
-    cases = {name: {**case, "steps": 4, "eval_every": 2} for name, case in real.CASES.items() if "long" not in name}
-    cases |= {name: real.CASES[name] for name in real.FORECASTS}
+    lines = problems.read_text().splitlines()
+    for task in real.PROBLEMS:
+        place = tmp_path / "runs" / task
+        place.mkdir(parents=True)
+        write(place / "problems.jsonl", *lines[:4])
+        write(place / "held_out.jsonl", *lines[4:])
+    training = f"--init {folder} --batch-size 8 --micro-batch 8 --eval-samples 8 --no-save-model"
+    cases = {name: {**case, "lr": 1e-3, "steps": 4, "eval_every": 2} for name, case in real.CASES.items() if "long" not in name}
+    cases |= {name: {**real.CASES[name], "lr": 1e-3} for name in ("forecast", "tokens")}
     monkeypatch.setattr(real, "TRAINING", training)
     monkeypatch.setattr(real, "ROLLOUTS", f"--model {folder} --n 6 --max-tokens 24")
     monkeypatch.setattr(real, "SEEDS", (0, 1))
@@ -60,6 +62,16 @@ def test_cases_are_trained_gathered_and_judged(small, capsys):
                                                        "topr              0 of 2 seeds"]  # fmt: skip
 
 
+def test_the_second_task_has_tables_of_its_own(small):
+    folder = small("off_rl", "differences_off_rl")
+    cases = real.study(folder)
+    assert [list(cases[name]) for name in ("off_rl", "differences_off_rl", "differences_fpa")] == [[0, 1], [0, 1], []]
+    assert {run.experiments for run in read_folder(folder)} == {("sums",)}
+    assert {run.experiments for run in read_folder(folder / "differences")} == {("differences",)}
+    sums, others = (folder / "results.md").read_text().split("\n## ")[2:]
+    assert "| `off_rl` | 2 |" in sums and "differences" not in sums and "| `differences_off_rl` | 2 |" in others
+
+
 def test_a_second_command_repeats_nothing(small, tmp_path):
     folder = small("off_rl")
     held = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("log.csv")}
@@ -67,7 +79,7 @@ def test_a_second_command_repeats_nothing(small, tmp_path):
     small("off_rl")
     assert held == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("log.csv")} and len(held) == 2
     assert (folder / "curves.csv").read_text() == before
-    shutil.rmtree(tmp_path / "runs" / real.EXPERIMENT / "runs")
+    shutil.rmtree(tmp_path / "runs" / "sums" / "runs")
     small("off_rl")  # the tables hold its runs
     assert not list((tmp_path / "runs").rglob("log.csv")) and (folder / "curves.csv").read_text() == before
 
@@ -102,7 +114,7 @@ def test_single_tokens_are_on_the_page(small):
 
 
 def test_a_command_that_fails_is_one_line(small, monkeypatch, capfd):
-    monkeypatch.setattr(real, "TRAINING", real.TRAINING.replace("1e-3", "-1"))
+    monkeypatch.setattr(real, "TRAINING", f"{real.TRAINING} --lr -1")
     with pytest.raises(SystemExit) as stopped:
         small("off_rl")
     assert stopped.value.code == 2 and "argument --lr" in capfd.readouterr().err.splitlines()[-1]
@@ -145,22 +157,32 @@ LABELS = {"off_rl": "Off-RL", "fpa": "FPA", "power": "`power`", "topr": "TOPR"} 
 def test_the_texts_state_its_numbers():
     text = (ROOT / "results" / "smollm2" / "results.md").read_text()
     page, readme = ((ROOT / name).read_text() for name in ("docs/findings.md", "README.md"))
-    section = page.split("## Does it hold on a published model?")[1].split("\n## ")[0]
+    section = page.split("## Does the method hold on a published model?")[1].split("\n## ")[0]
     bullet = readme.split("- [A published model]")[1].split("\n- ")[0]
-    numbers = re.findall(r"-?\d+\.\d+ ± \d+\.\d+", section)
-    assert len(numbers) == 12 and all(number in text for number in numbers), numbers
+    numbers, prose = re.findall(r"-?\d+\.\d+ ± \d+\.\d+", section), " ".join(section.split())
+    assert len(numbers) == 13 and all(number in text for number in numbers), numbers
     for claim, verdict in re.findall(r"(R\d[ab]?) is\s+(?:\w+\s+)?(undecided|supported|contradicted)", section):
         assert re.search(rf"^\| {claim}: .*\*\*{verdict}\*\*", text, flags=re.M), claim
-    assert "5.92, 3.29 to 10.7 (claim: < 1)" in text and "5.92 times" in section
-    assert "from 3.29 to 10.7," in " ".join(section.split())
+    assert "5.92, 3.29 to 10.7 (claim: < 1)" in text and "is 5.92, and the interval goes from 3.29 to 10.7." in prose
     assert section.count("undecided") == 2 and bullet.count("undecided") == 1
-    cases, means = real.study(Path("results/smollm2")), {}
-    for name in LABELS:
-        logs = [run.log for run in cases[name].values()]
-        means[name] = statistics.mean(log["coefficient_incorrect"][1] / log["coefficient_correct"][1] for log in logs)
-    words = [f"{means[name]:.2f} under {label}" for name, label in LABELS.items()]
-    assert "its mean is {}, {}, {} and {}.".format(*words) in " ".join(section.split()), words
-    assert sorted(means, key=means.get, reverse=True) == list(LABELS)
+    assert re.search(r"R1b: .* \| 0\.15 \| \*\*undecided", text) and "claims p is 0.15, so" in prose
+    cases = real.study(Path("results/smollm2"))
+    logs = {name: [run.log for run in cases[name].values()] for name in cases}
+    assert {round(96 * log["accuracy_0.7"][-1]) for log in logs["fpa"]} == {62} and "62 of 96 answers" in prose
+
+    def mean(name, value):
+        return statistics.mean(map(value, logs[name]))
+
+    ratio = {name: mean(name, lambda log: log["coefficient_incorrect"][1] / log["coefficient_correct"][1]) for name in LABELS}
+    words = [f"{ratio[name]:.2f} under {label}" for name, label in LABELS.items()]
+    assert "over the first 20 steps is {}, {}, {} and {}.".format(*words) in prose, words
+    assert sorted(ratio, key=ratio.get, reverse=True) == list(LABELS)
+    first, last = (mean("fpa", lambda log: log["coefficient_correct"][i]) for i in (1, 2))
+    other = mean("off_rl", lambda log: log["coefficient_correct"][2])
+    assert f"{first:.2f} over the first 20 steps and {last:.2f} over the last 20. Off-RL's is {other:.2f} over" in prose
+    apart = [np.exp(np.mean([np.log(np.divide(*forecasts(run, lambda t: t == 10))[i]) for run in cases["forecast"].values()]))
+             for i in (0, 1)]  # fmt: skip
+    assert f"policy of step 20 is {apart[0]:.1f} times" in prose and f"step 30 it is {apart[1]:.0f} times" in prose
 
 
 @pytest.mark.parametrize("prefix", [0, 40])
