@@ -1,6 +1,6 @@
 """Time and memory against the machine's own limit and against peers, and how they grow.
 
-    python -m study.bench           # everything, some thirteen minutes; prints the tables and writes them to docs/bench.md
+    python -m study.bench           # everything, some twenty minutes; prints the tables and writes them to docs/bench.md
     python -m study.bench --quick   # a minute or two: the toy's size only, few rounds, a main job of seconds; prints only
 
 What is compared within a process is timed in turn, round after round. A ratio is the median over the rounds, so a machine that
@@ -10,8 +10,6 @@ slows down slows both. Peers are `pip install transformers trl`. Left out: GPUs,
 import contextlib
 import datetime
 import functools
-import itertools
-import json
 import os
 import platform
 import random
@@ -31,13 +29,14 @@ import torch
 from tqdm import tqdm
 
 import model as model_py
-from losses import future_logits, objective, token_logps
+from losses import objective, token_logps
 from model import GPT, GPTConfig
 from plumbing import jobs
 from plumbing.files import write_text
 from plumbing.flags import NO_DEFAULT, command_line
 from plumbing.keeper import adamw, update
 from plumbing.log import environment, progress
+from study.measuring import NO_GOAL, against_best, against_generate, goal, in_turn, llama, make, peak_resident, ratio
 from toy_math import rollouts
 from toy_math.problems import draw_problems, write_trace
 from toy_math.stages import CONFIG, Rollouts
@@ -48,42 +47,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LARGE = GPTConfig(vocab_size=VOCAB_SIZE, d_model=384, n_layers=6, n_heads=6, n_kv_heads=2, d_ff=1152)
 PAIRS, OPS = 32, 6
 EVAL_PROBLEMS, EVAL_SAMPLES = 256, 8  # of the sampling that is timed
-REAL = {
-    "Qwen2.5-0.5B": {"vocab_size": 151_936, "d_model": 896, "n_layers": 24, "n_heads": 14, "n_kv_heads": 2, "d_ff": 4864,
-                     "rope_theta": 1e6, "qkv_bias": True},
-    "Qwen2.5-Math-1.5B": {"vocab_size": 151_936, "d_model": 1536, "n_layers": 28, "n_heads": 12, "n_kv_heads": 2, "d_ff": 8960,
-                          "qkv_bias": True},
-}  # fmt: skip
 RUNS = {"off_rl": SimpleNamespace(loss="off_rl", lam=0.0), "fpa": SimpleNamespace(loss="fpa", lam=2.0, target="both")}
 SMALL_JOB = "--ops 1 --base-steps 300 --slip 0.3 --prompts 64 --steps 100 --eval-every 50".split()  # seconds, for --quick
-
-
-# --- measuring
-
-
-def in_turn(rounds, **functions):
-    """{name: seconds (rounds,)} of functions called one after the other, after one round that does not count."""
-    seconds = {name: [] for name in functions}
-    for _ in range(rounds + 1):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: np.array(values[1:]) for name, values in seconds.items()}
-
-
-def ratio(over, under):
-    """Median of the rounds' ratios, and the same in words with the range of their middle half."""
-    low, middle, high = np.quantile(over / under, [0.25, 0.5, 0.75])
-    return round(middle, 2), f"{middle:.2f} ({low:.2f}–{high:.2f})"
-
-
-def goal(value, sign, bound):
-    """The last two columns: the goal, and whether a figure, rounded as it is printed, meets it."""
-    return f"{sign} {bound}", "yes" if (value >= bound if sign == "≥" else value <= bound) else "**no**"
-
-
-NO_GOAL = ("", "")
 
 
 # --- what is measured
@@ -111,13 +76,6 @@ def pair_data(config=CONFIG, pairs=PAIRS, ops=OPS):
         ref_logits = GPT(config)(tokens, start)
     reward = torch.tensor([1.0] * pairs + [-1.0] * pairs)
     return Rollouts(tokens, mask, start, ref_logits, reward=reward)
-
-
-def make(config):
-    """A model with random weights, and its optimizer."""
-    torch.manual_seed(0)
-    model = GPT(config)
-    return model, adamw(model.parameters(), 1e-4)
 
 
 def step_on(model, optimizer, data, rows, run):
@@ -205,11 +163,6 @@ def peak_memory(loss_name, config):
     return peak_resident()
 
 
-def peak_resident():
-    """This process's peak resident memory so far, in MiB."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-
 def overhead(rounds, quick):
     """Rows: step time and peak memory of FPA over Off-RL's."""
     rows = []
@@ -236,24 +189,6 @@ def overhead(rounds, quick):
 # --- 3. peers
 
 
-def llama(model, attention="sdpa"):
-    """transformers' LlamaForCausalLM with this model's weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    c = model.config
-    peer = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads, intermediate_size=c.d_ff, rope_theta=c.rope_theta, rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=c.tied_head, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
-            attn_implementation=attention,
-        )
-    )  # fmt: skip
-    missing, unexpected = peer.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items()}, strict=False)
-    assert missing == ["lm_head.weight"] and not unexpected  # tied
-    return peer
-
-
 def against_llama(config, rounds):
     """Forward, backward and optimizer step on the same tokens."""
     tokens, mask = rollouts.pack(pair_rows())
@@ -274,31 +209,11 @@ def against_llama(config, rounds):
     return in_turn(rounds, **contestants)
 
 
-def against_generate(config, rounds, problems):
+def evaluation_samples(config, problems):
     """EVAL_SAMPLES samples of each problem, as an evaluation takes them."""
-    model = GPT(config)
     prompts = rollouts.prompt_tokens(draw_problems(problems, OPS, "test", random.Random(0)))
-    width = rollouts.max_completion_tokens(OPS)
-    split = prompts.split(rollouts.problems_at_once(EVAL_SAMPLES, prompts.device))
-
-    def peer_samples(peer, batches):
-        for some in batches:
-            tokens = peer.generate(
-                some, attention_mask=torch.ones_like(some), max_new_tokens=width, do_sample=True, temperature=1.0, top_k=0,
-                top_p=1.0, eos_token_id=None, num_return_sequences=EVAL_SAMPLES,
-            )  # fmt: skip
-            assert tokens.shape == (len(some) * EVAL_SAMPLES, some.shape[1] + width)
-
-    def our_samples():
-        for some in split:
-            model.generate(some, width, eos=-1, pad=PAD, samples=EVAL_SAMPLES)
-
-    contestants = {"ours": our_samples}
-    for attention in ("sdpa", "eager"):
-        peer = llama(model, attention).eval()
-        contestants[f"{attention}, split"] = functools.partial(peer_samples, peer, split)
-        contestants[f"{attention}, at once"] = functools.partial(peer_samples, peer, [prompts])
-    return in_turn(rounds, **contestants)
+    at_once = rollouts.problems_at_once(EVAL_SAMPLES, prompts.device)
+    return against_generate(GPT(config), prompts, rollouts.max_completion_tokens(OPS), EVAL_SAMPLES, 3, at_once)
 
 
 def toy_tokenizer():
@@ -367,7 +282,7 @@ def peers(rounds, quick):
         cases = [
             ("forward, backward and step, transformers / ours", lambda: against_llama(config, some), 1),
             ("a step, TRL's DPO / our FPA", lambda: against_trl(config, some), 2 if toy else 1.2),
-            (sampling, lambda: against_generate(config, 3, problems), 3 if toy else None),
+            (sampling, lambda: evaluation_samples(config, problems), 3 if toy else None),
         ]
         for what, measure, bound in cases:
             try:
@@ -375,11 +290,7 @@ def peers(rounds, quick):
             except ImportError:
                 rows.append((f"{name}: {what}", "not installed", *NO_GOAL))
                 continue
-            ours = seconds.pop("ours")
-            best = min(seconds, key=lambda peer: np.median(seconds[peer]))
-            value, words = ratio(seconds[best], ours)
-            words += f": {np.median(seconds[best]) * 1000:.0f} ms ({best}) / {np.median(ours) * 1000:.0f} ms"
-            rows.append((f"{name}: {what}", words, *(goal(value, "≥", bound) if bound else NO_GOAL)))
+            rows.append(against_best(f"{name}: {what}", seconds, bound))
     return rows
 
 
@@ -562,112 +473,13 @@ def sweep(out):
 # --- full scale
 
 
-def loss_memory(chunked, positions, vocab=151_936, width=64):
-    """Peak MiB of FPA's log-probabilities and gradient beyond hidden states, heads and gradients. For a process of its own.
-
-    The width plays no part in it, and is small to save time.
-    """
-    hidden, ref_hidden = torch.randn(2, positions, width).unbind()
-    head, ref_head = torch.randn(2, vocab, width).unbind()
-    targets = torch.randint(vocab, (positions,))
-    hidden.requires_grad_()
-    head.requires_grad_()
-    from full_scale.chunked import chunked_logps  # before the measurement begins
-
-    before = peak_resident()
-    if chunked:
-        present, future = chunked_logps(hidden, head, targets, ref_hidden, ref_head, 2.0)
-    else:
-        logits = hidden @ head.T
-        present = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        future = future_logits(logits, ref_hidden @ ref_head.T, 2.0).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    (-future.exp() * present).sum().backward()
-    return peak_resident() - before - (hidden.grad.nbytes + head.grad.nbytes) / 2**20
-
-
-def random_checkpoint(folder, config):
-    """A checkpoint of a Qwen2 shape with random weights in its published form, and a tokenizer of the ten digits."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from full_scale.load_hf import parameter_count, save_pretrained
-
-    folder.mkdir()
-    raw = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-    }
-    raw |= {"num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads, "intermediate_size": config.d_ff}
-    raw |= {"num_key_value_heads": config.n_kv_heads, "rms_norm_eps": config.norm_eps, "tie_word_embeddings": config.tied_head}
-    raw |= {"rope_theta": config.rope_theta, "eos_token_id": 0, "torch_dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(raw))
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(10)}, unk_token="0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    model = GPT(config)
-    model.folder = folder
-    save_pretrained(model, folder, torch.bfloat16)
-    return parameter_count(model)
-
-
-def full_scale_steps(out, config, prompt=128, completion=384, rows=64, steps=20):
-    """FPA steps of full_scale/train.py on a random checkpoint: completion tokens/s, model FLOP/s, and the line that it printed.
-
-    A token takes 6 operations a parameter of the layers, one of the completion as many for the head; attention has 12 · layers
-    · D · T a token. Those of recomputed activations do not count.
-    """
-    parameters = random_checkpoint(out / "checkpoint", config)
-    words = ["".join(map(str, torch.randint(1, 10, (count,)).tolist())) for count in (prompt, completion - 1) * rows]
-    lines = [{"prompt": words[2 * i], "completion": words[2 * i + 1], "label": i % 2 == 0} for i in range(rows)]
-    (out / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = ["--init", out / "checkpoint", "--data", out / "rollouts.jsonl", "--out", out / "runs", "--batch-size", 16]
-    flags += ["--micro-batch", 8, "--steps", steps, "--eval-every", steps]
-    command = [sys.executable, "-m", "full_scale.train", *map(str, flags)]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
-    line = next(line for line in printed.splitlines()[::-1] if line.startswith("step"))
-    rate = float(re.search(r"([\d,]+) completion tokens/s", line)[1].replace(",", ""))
-    head, length = config.vocab_size * config.d_model, prompt + completion
-    layers = 6 * (parameters - head * (1 if config.tied_head else 2)) + 12 * config.n_layers * config.d_model * length
-    return rate, rate * (layers * length / completion + 6 * head), line
-
-
-def on_a_gpu(out):
-    """Rows: full_scale/train.py on real shapes with random weights."""
-    if not torch.cuda.is_available():
-        return [(f"{name}'s shape, 20 steps on a GPU", "not measured: no GPU here", *NO_GOAL) for name in REAL]
-    square, rows = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16), []
-    seconds = in_turn(5, square=lambda: (square @ square, torch.cuda.synchronize()))["square"]
-    for name, shape in REAL.items():
-        folder = out / name.replace("/", "-")
-        folder.mkdir()
-        rate, flops, line = full_scale_steps(folder, GPTConfig(**shape))
-        share = flops / (2 * 8192**3 / np.median(seconds))
-        memory = re.search(r"[\d.]+ GiB", line)[0]
-        words = f"{rate:,.0f} completion tokens/s, {memory}, {share:.2f} of what a large product reaches"
-        rows.append((f"{name}'s shape, 20 steps on {torch.cuda.get_device_name()}", words, *NO_GOAL))
-    return rows
-
-
 def full_scale(out, quick):
-    """Rows: memory of the loss at Qwen2.5's vocabulary, plain and in chunks, over positions, and what needs a GPU."""
-    if find_spec("tokenizers") is None or not Path("/proc/self/status").exists():
+    """Rows: those of study/bench_full_scale.py."""
+    if find_spec("transformers") is None or not Path("/proc/self/status").exists():
         return [("memory of the loss", "needs /proc, and pip install -r full_scale/requirements.txt", *NO_GOAL)]
-    counts, memory, rows = (256, 512) if quick else (1024, 4096, 16_384), {}, []
-    for chunked, count in itertools.product((True, False), counts):
-        if chunked or count <= 4096:
-            with jobs.workers(1) as pool:
-                memory[chunked, count] = pool.submit(loss_memory, chunked, count).result()
-    for count in counts:
-        what, words, bound = f"memory of the loss, {count:,} positions, chunked", f"{memory[True, count]:,.0f} MiB", NO_GOAL
-        if (False, count) in memory:
-            value = round(memory[True, count] / memory[False, count], 2)
-            what, words = f"{what} / plain", f"{value:.2f}: {words} / {memory[False, count]:,.0f} MiB"
-            bound = goal(value, "≤", 0.1) if count == 4096 else NO_GOAL
-        rows.append((what, words, *bound))
-    value = round(memory[True, counts[-1]] / memory[True, counts[0]], 2)
-    rows.append((f"chunked, {counts[-1]:,} / {counts[0]:,} positions", f"{value:.2f}", *goal(value, "≤", 1.1)))
-    return rows + on_a_gpu(out) + [("a step on a GPU against TRL's DPO", "not measured", *NO_GOAL)]
+    from study import bench_full_scale
+
+    return bench_full_scale.full_scale(out, quick)
 
 
 # --- the page
@@ -675,7 +487,7 @@ def full_scale(out, quick):
 
 def table(title, note, header, rows):
     lines = ("| " + " | ".join(cells) + " |\n" for cells in (header, ["---"] * len(header), *rows))
-    return f"## {title}\n\n{note}\n\n{''.join(lines)}"
+    return f"## {title}\n\n{note}\n\n{''.join(lines)}\nMeasured on {datetime.date.today()}.\n"
 
 
 def machine():
@@ -684,7 +496,7 @@ def machine():
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{environment('cpu')['cpu']}, {cores}; {', '.join(versions)}; {datetime.date.today()}"
+    return f"{environment('cpu')['cpu']}, {cores}; {', '.join(versions)}"
 
 
 NOTES = {
@@ -707,8 +519,10 @@ an evaluation's.""",
 side in processes of one thread; one run, and runs one by one, have all threads.""",
     "Full scale": """Log-probabilities under the present and the future policy, forward and backward, at a vocabulary of
 151,936 in float32: the peak of a process beyond hidden states, heads and their gradients. Plain holds all positions' logits,
-`full_scale/chunked.py` those of 256. On a GPU also 20 FPA steps of `full_scale/train.py` on random checkpoints of real shapes,
-512 tokens a row, in bf16; a large product is 8,192³.""",
+`full_scale/chunked.py` those of 256. Few-shot: an FPA step in float32 on 16 rows of SmolLM2-135M's shape, with random
+weights. All rows share 386 tokens. Each row has 14 more of its problem and 26 of its answer. A large product is 2,048³. On a
+GPU also 20 FPA steps of `full_scale/train.py` on random checkpoints of real shapes, 512 tokens a row, in bf16. A large product
+is 8,192³ there.""",
 }
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPTConfig
 from plumbing import jobs
-from study import bench
+from study import bench, bench_full_scale
 from toy_math.problems import Problem, verify
 
 PAGE = bench.ROOT / "docs" / "bench.md"
@@ -82,16 +82,26 @@ def test_memory_of_the_loss_at_full_scale():
 
 def bench_in_a_process(chunked):
     with jobs.workers(1) as pool:
-        return pool.submit(bench.loss_memory, chunked, 512, width=8).result()
+        return pool.submit(bench_full_scale.loss_memory, chunked, 512, width=8).result()
 
 
 def test_real_shapes_are_trained_by_full_scale(tmp_path):
     config = GPTConfig(vocab_size=1000, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48, qkv_bias=True)
-    rate, flops, line = bench.full_scale_steps(tmp_path, config, prompt=5, completion=15, rows=16, steps=2)
+    rate, flops, line = bench_full_scale.full_scale_steps(tmp_path, config, prompt=5, completion=15, rows=16, steps=2)
     assert line.startswith("step     2/2") and "log-ratio" in line
     layers = 2 * 32 * 32 + 32 + 2 * (32 * 16 + 16) + 3 * 32 * 48 + 3 * 32  # q, o; k, v; feed-forward; norms
     a_token = 6 * layers + 12 * 1 * 32 * 20
     assert flops == pytest.approx(rate * (a_token * 20 / 15 + 6 * 1000 * 32))
+
+
+def test_few_shot_rows_share_their_beginning():
+    config = GPTConfig(vocab_size=50, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=32)
+    tokens = bench_full_scale.few_shot_tokens(config, 4, 10)
+    assert tokens.shape == (4, 396) and (tokens[:, :386] == tokens[0, :386]).all() and len(tokens[:, 386:].unique(dim=0)) == 4
+    pytest.importorskip("transformers")
+    step, rate, sampling = bench_full_scale.few_shot(config, rows=4, prompts=2)
+    assert float(step[1].split()[0]) > 1 and step[2] == "≥ 4" and 0 < float(rate[1].split()[0]) < 1 and rate[2] == "≥ 0.6"
+    assert re.match(r"\d+\.\d\d \(.*ms \((sdpa|eager), at once\)", sampling[1]) and sampling[2] == "≥ 1.5"
 
 
 def test_one_section_is_measured_anew_and_the_others_stay(tmp_path, monkeypatch):
@@ -127,7 +137,8 @@ def test_the_committed_page_is_whole():
     page = PAGE.read_text()
     assert re.findall("^## (.*)$", page, flags=re.M) == list(bench.NOTES)
     assert all(note in page for note in bench.NOTES.values()) and "`python -m study.bench`;" in page
-    assert "not installed" not in page and re.search(r"torch \d.*transformers \d.*trl \d.*; \d{4}-\d\d-\d\d", page)
+    assert "not installed" not in page and re.search(r"torch \d.*transformers \d.*trl \d", page)
+    assert len(re.findall(r"^Measured on \d{4}-\d\d-\d\d\.$", page, flags=re.M)) == len(bench.NOTES)
 
 
 @pytest.mark.parametrize("words", [["--quik"], ["--only", "Speed"], ["--to", "no/such/folder/bench.md"], ["--to", "tests"]])

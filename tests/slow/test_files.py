@@ -347,12 +347,12 @@ FORBIDDEN = re.compile(r"\b(pickle|cPickle|dill|joblib|marshal|shelve|yaml|trust
 
 
 def test_nothing_that_can_run_code_is_read():
-    """No pickle, eval, exec, torch.load or remote code but in the tests and bench.py, which read no stranger's file.
+    """No pickle, eval, exec, torch.load or remote code but in the tests, which read no stranger's file.
 
     grade.py and leaderboard.py run what a student wrote.
     The programs of examples/ load a model as transformers' users do, from safetensors alone.
     """
-    apart, folders = {"bench.py", "grade.py", "leaderboard.py"}, {"tests", "examples"}
+    apart, folders = {"grade.py", "leaderboard.py"}, {"tests", "examples"}
     sources = [path for path in ROOT.rglob("*.py") if not folders & {*path.parts} and path.name not in apart]
     loads = re.findall(r"AutoModel\w*\.from_pretrained\(([^)]*)\)", (ROOT / "examples" / "own_loop.py").read_text())
     assert len(loads) == 1 and "use_safetensors=True" in loads[0] and "trust_remote_code" not in loads[0]
