@@ -15,12 +15,14 @@ import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import numpy as np
+
 from plumbing.files import UserError, write_text
 from study.claims import margin
-from study.results import forecast, read_runs, run_folders, where
+from study.results import forecast, forecasts, read_runs, run_folders, where
 from study.rule import Claim, Measured
 from study.tables import gather, held, identity, run_names
-from study.verdicts import cases_table, claims_table, each, fall, last, paired
+from study.verdicts import cases_table, claims_table, each, fall, last, paired, straight, table
 
 SEEDS, COUNT = (0, 1, 2), 5  # COUNT: of the claims
 ARITHMETIC = """basic_arithmetic --count 96 48 --config min_terms=3 max_terms=3 min_digits=1 max_digits=1
@@ -155,18 +157,40 @@ def claims(cases):
 # --- results.md
 
 
+def forecasts_table(cases):
+    """How far π̂ of step 10 is from the later policy, at each rate, over how far the policy of step 10 is."""
+    rows = []
+    for name in ("forecast", "slow_forecast"):
+        runs = cases.get(name, {}).values()
+        apart = np.array([np.divide(*forecasts(run, lambda t: t == 10)) for run in runs]).T
+        measured = [Measured("", values, ratio=True) for values in apart] + [Measured("", np.array([*map(straight(30), runs)]))]
+        cells = [str(some).removeprefix(": ") for some in measured] if runs else ["not run", "", ""]
+        rows.append([f"`{name}`", f"{CASES[name]['lr']:g}", len(runs), *cells])
+    return table(["case", "learning rate", "seeds", "λ = 1, step 20", "λ = 2, step 30", "R² of linear drift to step 30"], rows)
+
+
 def results(folder):
     """results.md of a folder of tables."""
     cases, tables = study(folder), []
     for task, asked in {"sums": "sums of three numbers", "differences": "sums and differences"}.items():
         shown = {name: some for name, some in cases.items() if name not in FORECASTS and task_of(name) == task}
-        tables.append(f"## {asked.capitalize()}\n\n{cases_table(shown, 'case', 'before training', SHOWN)}")
-    return (
-        "# Results of the study of SmolLM2-135M-Instruct\n\nWritten by `python -m study.real`. The rules are those of "
-        f"docs/protocol.md.\n\n## Claims\n\n{P_VALUES}\n\n{claims_table(claims(cases), COUNT)}\n"
-        "The tables below have accuracies on held-out problems, and log-ratios of 32 correct and 32 incorrect rollouts.\n\n"
-        + "\n".join(tables)
-    )
+        tables.append(f"## {asked.capitalize()}\n\n{cases_table(shown, 'case', 'before training', SHOWN)}\n")
+    return f"""# Results of the study of SmolLM2-135M-Instruct
+
+Written by `python -m study.real`. The rules are those of docs/protocol.md.
+
+## Claims
+
+{P_VALUES}
+
+{claims_table(claims(cases), COUNT)}
+The tables below have accuracies on held-out problems, and log-ratios of 32 correct and 32 incorrect rollouts.
+
+{"".join(tables)}## Is π̂ a forecast?
+
+KL of π̂ at step 10 from the later policy, over that of the policy at step 10. Below 1, π̂ is a forecast.
+
+{forecasts_table(cases)}"""
 
 
 # --- the command

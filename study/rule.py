@@ -87,7 +87,7 @@ class Measured(NamedTuple):
             mean, low, high = (digits(math.exp(x)) for x in (mean, mean - half, mean + half))
             numbers = f"{mean}, {low} to {high}"
         else:
-            numbers = " ± ".join(map(digits, mean_and_interval(self.values)))
+            numbers = " ± ".join(digits(x) for x in mean_and_interval(self.values) if not math.isnan(x))
         flip = (
             f", p {self.p_for:.2g}, exact {self.p_flip:.2g}" if self.side and self.side in "<>" and len(self.values) > 1 else ""
         )

@@ -16,7 +16,7 @@ from test_full_scale_training import taught  # noqa: F401 (a fixture)
 from test_model import make
 
 from study import forecast, page, real, rule, verdicts
-from study.results import Run, forecasts, read_folder
+from study.results import Run, read_folder
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def small(taught, tmp_path, monkeypatch):  # noqa: F811
         write(place / "held_out.jsonl", *lines[4:])
     training = f"--init {folder} --batch-size 8 --micro-batch 8 --eval-samples 8 --no-save-model"
     cases = {name: {**case, "lr": 1e-3, "steps": 4, "eval_every": 2} for name, case in real.CASES.items() if "long" not in name}
-    cases |= {name: {**real.CASES[name], "lr": 1e-3} for name in ("forecast", "tokens")}
+    cases |= {name: {**real.CASES[name], "lr": 2e-3 if "slow" in name else 1e-3} for name in real.FORECASTS}
     monkeypatch.setattr(real, "TRAINING", training)
     monkeypatch.setattr(real, "ROLLOUTS", f"--model {folder} --n 6 --max-tokens 24")
     monkeypatch.setattr(real, "SEEDS", (0, 1))
@@ -68,7 +68,7 @@ def test_the_second_task_has_tables_of_its_own(small):
     assert [list(cases[name]) for name in ("off_rl", "differences_off_rl", "differences_fpa")] == [[0, 1], [0, 1], []]
     assert {run.experiments for run in read_folder(folder)} == {("sums",)}
     assert {run.experiments for run in read_folder(folder / "differences")} == {("differences",)}
-    sums, others = (folder / "results.md").read_text().split("\n## ")[2:]
+    sums, others, _ = (folder / "results.md").read_text().split("\n## ")[2:]
     assert "| `off_rl` | 2 |" in sums and "differences" not in sums and "| `differences_off_rl` | 2 |" in others
 
 
@@ -86,6 +86,7 @@ def test_a_second_command_repeats_nothing(small, tmp_path):
 
 def test_a_forecast_is_measured_against_the_later_policy(small):
     folder = small("forecast")
+    ratios = []
     for run in real.study(folder)["forecast"].values():
         table = run.tables["extrapolation"]
         assert set(zip(table["t"], table["later"])) == {(10, 20), (10, 30), (20, 30), (10, 40), (20, 40), (30, 40)}
@@ -94,14 +95,17 @@ def test_a_forecast_is_measured_against_the_later_policy(small):
         (future,) = table["kl"][(table["t"] == 10) & (table["later"] == 20) & (table["lam"] == 1)]
         (present_30,) = table["kl"][(table["t"] == 10) & (table["later"] == 30) & (table["lam"] == 0)]
         (future_30,) = table["kl"][(table["t"] == 10) & (table["later"] == 30) & (table["lam"] == 2)]
-        expected = (future / present * future_30 / present_30) ** 0.5
-        assert real.forecast(lambda t: t == 10)(run) == pytest.approx(expected)
-    assert "| forecast |" not in (folder / "results.md").read_text()
+        ratios.append((future / present, future_30 / present_30))
+        assert real.forecast(lambda t: t == 10)(run) == pytest.approx(np.prod(ratios[-1]) ** 0.5)
+    text = (folder / "results.md").read_text()
+    stated = re.search(r"\| `forecast` \| 0.001 \| 2 \| (\S+), .* \| (\S+), ", text).groups()
+    assert [float(x) for x in stated] == pytest.approx(np.exp(np.log(ratios).mean(0)), rel=0.01)
+    assert text.count("| `forecast` |") == 1 and "| `slow_forecast` | 0.002 | 0 | not run |" in text
 
 
 def test_single_tokens_are_on_the_page(small):
     """Of an Off-RL and an FPA run without accuracies, which other runs of the same settings have."""
-    folder = small(*real.FORECASTS)
+    folder = small("forecast", "tokens")
     (pair, *_) = page.set_data(read_folder(folder))["pairs"]
     assert [len(some) for some in pair["tokens"]] == [len(text.split(",")) for text in pair["ref"]]
     correct, incorrect = ("".join(some) for some in pair["tokens"])
@@ -160,7 +164,7 @@ def test_the_texts_state_its_numbers():
     section = page.split("## Does the method hold on a published model?")[1].split("\n## ")[0]
     bullet = readme.split("- [A published model]")[1].split("\n- ")[0]
     numbers, prose = re.findall(r"-?\d+\.\d+ ± \d+\.\d+", section), " ".join(section.split())
-    assert len(numbers) == 13 and all(number in text for number in numbers), numbers
+    assert len(numbers) == 14 and all(number in text for number in numbers), numbers
     for claim, verdict in re.findall(r"(R\d[ab]?) is\s+(?:\w+\s+)?(undecided|supported|contradicted)", section):
         assert re.search(rf"^\| {claim}: .*\*\*{verdict}\*\*", text, flags=re.M), claim
     assert "5.92, 3.29 to 10.7 (claim: < 1)" in text and "is 5.92, and the interval goes from 3.29 to 10.7." in prose
@@ -168,6 +172,10 @@ def test_the_texts_state_its_numbers():
     assert re.search(r"R1b: .* \| 0\.15 \| \*\*undecided", text) and "claims p is 0.15, so" in prose
     cases = real.study(Path("results/smollm2"))
     logs = {name: [run.log for run in cases[name].values()] for name in cases}
+    long = len(logs["long_off_rl"] + logs["long_fpa"])
+    assert f"{['None', 'One', 'Two', 'Three', 'Four', 'Five'][long]} of the six long runs" in prose
+    table = [[cell.split()[0].strip(",") for cell in row.split(" | ")[3:]] for row in text.splitlines()[-2:]]
+    (near, far, straight), (slow_near, slow_far, slow_straight) = table
     assert {round(96 * log["accuracy_0.7"][-1]) for log in logs["fpa"]} == {62} and "62 of 96 answers" in prose
 
     def mean(name, value):
@@ -180,9 +188,9 @@ def test_the_texts_state_its_numbers():
     first, last = (mean("fpa", lambda log: log["coefficient_correct"][i]) for i in (1, 2))
     other = mean("off_rl", lambda log: log["coefficient_correct"][2])
     assert f"{first:.2f} over the first 20 steps and {last:.2f} over the last 20. Off-RL's is {other:.2f} over" in prose
-    apart = [np.exp(np.mean([np.log(np.divide(*forecasts(run, lambda t: t == 10))[i]) for run in cases["forecast"].values()]))
-             for i in (0, 1)]  # fmt: skip
-    assert f"policy of step 20 is {apart[0]:.1f} times" in prose and f"step 30 it is {apart[1]:.0f} times" in prose
+    assert f"policy of step 20 is {near} times" in prose and f"step 30 it is {far} times" in prose
+    assert f"the two numbers are {slow_near} and {slow_far}. " in prose
+    assert f"up to step 30 is {slow_straight} at 1e-6, and {straight} at 2e-5." in prose
 
 
 @pytest.mark.parametrize("prefix", [0, 40])
