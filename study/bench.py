@@ -496,7 +496,7 @@ def machine():
         with contextlib.suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{environment('cpu')['cpu']}, {cores}; {', '.join(versions)}"
+    return f"The machine: {environment('cpu')['cpu']}, {cores}. The versions: {', '.join(versions)}."
 
 
 NOTES = {

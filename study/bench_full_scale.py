@@ -67,9 +67,9 @@ def few_shot_tokens(config, rows, length):
     return torch.cat([shots.expand(rows, -1), torch.randint(config.vocab_size, (rows, length))], dim=1)
 
 
-def few_shot_step(config, rows=16):
+def few_shot_step(model, optimizer, rows):
     """A function that takes an FPA step on random few-shot rows."""
-    model, optimizer = make(config)
+    config = model.config
     tokens = few_shot_tokens(config, rows, PROMPT + COMPLETION)
     mask = torch.arange(tokens.shape[1]).expand_as(tokens) >= SHOTS + PROMPT
     reference = torch.randn(rows * COMPLETION, config.d_model), policy.head_of(model).detach().clone(), 2.0
@@ -89,7 +89,8 @@ def few_shot(config=SMOLLM2, rows=16, prompts=4):
 
     A token takes 6 operations a parameter of the layers, one of the completion 8 for the head, the reference's included.
     """
-    step = few_shot_step(config, rows)
+    model, optimizer = make(config)
+    step = few_shot_step(model, optimizer, rows)
     with mock.patch.object(policy, "shared_prefix", lambda tokens, most: 0):
         whole = in_turn(1, whole=step)["whole"]
     square = torch.randn(2048, 2048)
@@ -98,7 +99,6 @@ def few_shot(config=SMOLLM2, rows=16, prompts=4):
     rates = [rows * COMPLETION / np.median(some) for some in (seconds["once"], whole)]
     words += f": {rates[0]:.0f} / {rates[1]:.0f} completion tokens/s"
     found = [("few-shot step, each row whole / what rows share once", words, *goal(value, "≥", 4))]
-    model, _ = make(config)
     layers = sum(p.numel() for p in model.layers.parameters())
     flops = 6 * layers * (SHOTS + rows * (PROMPT + COMPLETION)) + 8 * rows * COMPLETION * config.vocab_size * config.d_model
     value, words = ratio(flops / seconds["once"], 8 * 2 * 2048**3 / seconds["squares"])

@@ -100,12 +100,18 @@ def grid(name, runs):
 
 def best_rates(name, runs):
     """{case: the rate with the best mean over the grid's seeds, by pass@1 at temperature 0.7 on validation problems}."""
-    chosen = {}
-    for case, flags in CASES[name].items():
-        scores = {lr: score(on_grid(flags, lr), runs) for lr in RATES}
-        if None not in scores.values():
-            chosen[case] = max(scores, key=scores.get)
-    return chosen
+    found = {
+        case: best_rate({lr: settings_of(on_grid(flags, lr), GRID_SEEDS) for lr in RATES}, runs)
+        for case, flags in CASES[name].items()
+    }
+    return {case: lr for case, lr in found.items() if lr}
+
+
+def best_rate(grid, runs):
+    """The rate with the best mean over the runs of {rate: their settings}; None where a run is not held."""
+    ids = {lr: [identity(settings) for settings in some] for lr, some in grid.items()}
+    if all(run in runs for some in ids.values() for run in some):
+        return max(ids, key=lambda lr: sum(tune.final(runs[run]) for run in ids[lr]))
 
 
 def at_best(name, runs):
@@ -113,10 +119,9 @@ def at_best(name, runs):
     return {case: f"{CASES[name][case]} --lr {lr:g}" for case, lr in best_rates(name, runs).items()}
 
 
-def score(flags, runs):
-    """The mean over the grid's seeds; None where a run is not held."""
-    ids = [identity(settings) for settings in train.run_settings(command_of(flags, GRID_SEEDS)).values()]
-    return sum(tune.final(runs[run]) for run in ids) / len(ids) if all(run in runs for run in ids) else None
+def settings_of(flags, seeds):
+    """The settings of the runs of some flags and seeds."""
+    return list(train.run_settings(command_of(flags, seeds)).values())
 
 
 # {name: (its cases, from the runs that are held; seeds)}

@@ -11,12 +11,10 @@ import sys
 
 import torch
 
-import train
 from losses import objective
 from study import changed, experiments
 from study.results import SEEDS
 from study.tables import BASES, copy_stages, gather, held, identity, run_names
-from study.tune import final
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 CASE = "λ = 2"
@@ -48,7 +46,7 @@ def train_one(args, name, settings):
 
 def settings_of(flags, seeds, **more):
     """The settings of some flags and seeds, with what train.py has no flag for."""
-    return [{**settings, **more} for settings in train.run_settings(experiments.command_of(flags, seeds)).values()]
+    return [{**settings, **more} for settings in experiments.settings_of(flags, seeds)]
 
 
 def grid(lr):
@@ -58,9 +56,7 @@ def grid(lr):
 
 def best_rate(runs):
     """SGD's rate with the best mean over the grid's seeds; None where a run is not held."""
-    scores = {lr: [final(runs[run]) for run in map(identity, grid(lr)) if run in runs] for lr in RATES}
-    if all(len(some) == len(experiments.GRID_SEEDS) for some in scores.values()):
-        return max(scores, key=lambda lr: sum(scores[lr]))
+    return experiments.best_rate({lr: grid(lr) for lr in RATES}, runs)
 
 
 def members(runs):

@@ -9,7 +9,7 @@ from test_train import TINY
 
 from losses import LOSSES, objective
 from plumbing.keeper import adamw
-from study import experiments, results, scale, tables
+from study import experiments, results, scale, tables, tune
 
 
 def batch_of(rows=6):
@@ -82,7 +82,7 @@ def test_the_runs_go_from_the_grid_to_the_cases_and_into_the_tables(tmp_path, mo
     finals = {run.log["pi_correct"][-1] for run in runs if run.config["seed"] == 3000}
     assert len(finals) == 4  # four different policies
     held = tables.held(tmp_path / "tables")[0]
-    by_rate = {lr: sum(scale.final(held[tables.identity(settings)]) for settings in scale.grid(lr)) for lr in (0.01, 0.1)}
+    by_rate = {lr: sum(tune.final(held[tables.identity(settings)]) for settings in scale.grid(lr)) for lr in (0.01, 0.1)}
     assert scale.best_rate(held) == max(by_rate, key=by_rate.get) and scale.best_rate({}) is None
     capsys.readouterr()
     scale.run(["all", *where])

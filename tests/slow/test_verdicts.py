@@ -200,7 +200,7 @@ def test_names_of_cases_are_those_of_the_experiments(monkeypatch):
     monkeypatch.setattr(verdicts.Runs, "__call__", lambda self, *key: asked.add(key) or {})
     verdicts.claims({}, {})
     monkeypatch.setattr(tune, "search", lambda name, score: tune.Search([], [], {}, {"lr": 1e-4}, 0.5))
-    monkeypatch.setattr(experiments, "score", lambda flags, runs: 0.5)
+    monkeypatch.setattr(experiments, "best_rate", lambda grid, runs: min(grid))
     known = {(name, case) for name, (cases, _) in experiments.EXPERIMENTS.items() for case in cases({})}
     assert {key for key in asked if key[0] != "scale"} <= known
     assert len(LOSSES) - 1 <= len(tune.FAMILIES)
