@@ -1,18 +1,18 @@
 """The losses: Future Policy Approximation (FPA, arXiv 2509.19893) whole and copyable, then its neighbours, then one table.
 
 `fpa_loss` is for you to copy, with `future_logits`, `token_logps` and `checked_length` below it. train.py gets its gradient
-from `objective`, which calls `fpa`, and `surrogate` for the other losses' FPA forms. With reward r = +1 (correct) or -1
-(incorrect) every offline loss has a gradient of one form,
+from `objective`, which calls `fpa`, and `surrogate` for the other losses' FPA forms.
+
+Names: `logp_sum` is log pi(y|x) summed over a completion's tokens, `length` is their number |y|, logp_mean = logp_sum / length.
+exp(logp_mean), in (0, 1], is the paper's pi_bar. `logratio` is logp_sum under pi_theta less that under pi_ref, pi_hat the
+future policy. A row is an answer in a batch, w a correct one, l an incorrect one. Of pairs the correct rows come first, then an
+incorrect one for each. A surrogate has the method's gradient; its value means nothing. Shapes: B rows, T tokens, V vocabulary.
+
+With reward r = +1 (correct) or -1 (incorrect) every offline loss has a gradient of one form,
 
     grad loss = - r C grad logp_sum        C >= 0 (mostly): raise correct rows, lower incorrect ones
 
-and the methods differ in the coefficient C alone. So C |y| is the weight of grad logp_mean. FPA replaces C(pi) by C(pi_hat),
-the coefficient at the future policy. Tests check every C, against autograd where the loss is no surrogate, and by hand.
-
-Names: `logp_sum` is log pi(y|x) summed over a completion's tokens, `length` is their number |y|, logp_mean = logp_sum / length.
-exp(logp_mean), in (0, 1], is the paper's pi_bar. `logratio` is logp_sum under pi_theta minus logp_sum under pi_ref.
-Shapes: B rows (trajectories), T tokens, V vocabulary. Losses on pairs take the correct rows first, then an incorrect row for
-each in the same order.
+and the methods differ in the coefficient C alone. So C |y| is the weight of grad logp_mean. FPA replaces C(pi) by C(pi_hat).
 
 Left out: label smoothing and other variants of the neighbours, and GRPO's penalty towards the reference policy.
 """
@@ -144,8 +144,8 @@ def sharpened(logp_sum, length, reward, lam=2.0, target="both"):
 
     On rows outside the target C is Off-RL's. A surrogate, as FPA's is.
     """
-    power = 1 + lam * target_rows(reward, target).to(logp_sum.dtype)
-    coefficient = ((logp_sum / length * power).exp() / length).detach()
+    exponent = 1 + lam * target_rows(reward, target).to(logp_sum.dtype)
+    coefficient = ((logp_sum / length * exponent).exp() / length).detach()
     return -reward * coefficient * logp_sum, coefficient
 
 
@@ -270,9 +270,8 @@ def rpo(logratio, logp_sum, length, beta=0.1, alpha=1.0):
     The log-likelihood is divided by each sequence's own length, as in the paper; TRL averages over the batch's correct tokens.
     """
     losses, coefficient = dpo(logratio, beta)
-    pairs = len(losses)
-    nll = -(logp_sum / length)[:pairs]
-    return losses + alpha * nll, coefficient + torch.cat([alpha / length[:pairs], torch.zeros_like(nll)])
+    nll = -(logp_sum / length)[: len(losses)]
+    return losses + alpha * nll, coefficient + torch.cat([alpha / length[: len(nll)], torch.zeros_like(nll)])
 
 
 # --- online
@@ -394,6 +393,12 @@ LOSSES = {
 }  # fmt: skip
 
 
+def future_lam(run):
+    """How far a run's loss extrapolates the logits: 0 where it never looks at the future policy, though it may have a lam."""
+    loss = LOSSES[run.loss]
+    return getattr(run, "lam", 0.0) if loss.has_fpa_form or "future_logp_sum" in loss.inputs else 0.0
+
+
 def objective(batch, run):
     """The scalar that a step minimises, and its rows' coefficients (B,): as published, or in the FPA form where run.lam > 0.
 
@@ -409,5 +414,4 @@ def objective(batch, run):
     at_future = copy.copy(batch)
     at_future.logp_sum = batch.future_logp_sum
     at_future.logratio = batch.logratio.detach() + (batch.future_logp_sum - batch.logp_sum.detach())
-    future = loss(at_future, run)[1]
-    return surrogate(batch.logp_sum, batch.reward, coefficient, future, run.target, loss.pairs)
+    return surrogate(batch.logp_sum, batch.reward, coefficient, loss(at_future, run)[1], run.target, loss.pairs)

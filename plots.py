@@ -49,8 +49,8 @@ def panel_logratios(axis, methods):
 
 
 def whose(methods):
-    """For a panel's title: the trajectories that `kinds_for` lets it show."""
-    return " and ".join(kinds_for(methods)) + " trajectories"
+    """For a panel's title: the answers that `kinds_for` lets it show."""
+    return " and ".join(kinds_for(methods)) + " answers"
 
 
 def symlog(axis):
@@ -81,7 +81,7 @@ def panel_coefficient(axis, methods):
     for colour, _, runs in coloured(methods):
         for kind, style in kinds_for(methods).items():
             draw(axis, runs, lambda log: log[f"coefficient_{kind}"], colour, style)
-    axis.set(title=f"Coefficient, {whose(methods)}", ylabel=r"weight of $\nabla$ logp_mean", ylim=(0, None))
+    axis.set(title=f"Weight C·|y|, {whose(methods)}", ylabel=r"weight of $\nabla$ logp_mean", ylim=(0, None))
 
 
 def panel_ratio(axis, methods):
@@ -90,7 +90,7 @@ def panel_ratio(axis, methods):
 
     for colour, _, runs in coloured(methods):
         draw(axis, runs, ratio, colour, CORRECTNESS["incorrect"])
-    axis.set(title="Brake on incorrect trajectories", ylabel=f"mean {PIHAT} / mean {PI}", ylim=(0, 1.1))
+    axis.set(title="Brake on incorrect answers", ylabel=f"mean {PIHAT} / mean {PI}", ylim=(0, 1.1))
 
 
 def panel_below(axis, methods):
@@ -98,7 +98,7 @@ def panel_below(axis, methods):
         draw(axis, runs, lambda log: log["below_0.2_pi"] / 1000, colour, "-")
         if runs[0].get("lam"):
             draw(axis, runs, lambda log: log["below_0.2_pihat"] / 1000, colour, ":")
-    axis.set(title="Incorrect training rows below 0.2", ylabel="running count [thousands]")
+    axis.set(title=f"Incorrect rows with {PI} below 0.2", ylabel="running count [thousands]")
     axis.legend(handles=[Line2D([], [], color="0.3", linestyle=s, label=n) for n, s in ((PI, "-"), (PIHAT, ":"))], fontsize=10)
 
 
@@ -137,8 +137,8 @@ def figure_drag(runs):
 
 
 def figure_dynamics(runs):
-    """Log-ratios are to the base model: below 0 a trajectory lost probability. The coefficient is the weight of a trajectory in
-    the gradient. A brake below 1: the future policy weights incorrect trajectories less than the present one does. A loss
+    """Log-ratios are to the base model: below 0 an answer lost probability. C·|y| is the weight of an answer in
+    the gradient. A brake below 1: the future policy weights incorrect answers less than the present one does. A loss
     without a future policy stays at 1.
     """
     chosen = few(main_runs(runs))
@@ -146,9 +146,7 @@ def figure_dynamics(runs):
 
 
 def figure_prolonged(runs):
-    """The longest training. Right: how many incorrect rows so far had a trajectory probability below 0.2, where their
-    coefficient hardly weights them any more.
-    """
+    """The longest training. Right: how many incorrect rows so far had a π̄ below 0.2, where their weight is small."""
     most = max(run.config["steps"] for run in runs)
     chosen = few(main_runs(where(runs, steps=most)), most=3)
     return over_steps([panel_logratios, panel_accuracy, panel_below], 1, 3, by_method(chosen)), chosen
@@ -213,7 +211,7 @@ def run(argv=None):
     add(
         "--html",
         action="store_true",
-        help=f"also write report.html, a page to play with in a browser; needs runs trained with --diagnostics{NO_DEFAULT}",
+        help=f"also write report.html, the playground of these runs; it needs runs with --diagnostics{NO_DEFAULT}",
     )
     args = parser.parse_args(argv)
     to = args.to or args.runs / "figures"

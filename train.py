@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from losses import HYPERPARAMETERS, LOSSES, future_logits, objective, token_logps
+from losses import HYPERPARAMETERS, LOSSES, future_lam, future_logits, objective, token_logps
 from plumbing import flags, jobs
 from plumbing.batches import batch_order, draw_order, seeded
 from plumbing.files import UserError, digest, locked, remove_leftovers, write_tensors, write_text
@@ -80,6 +80,7 @@ def train_policy(args, settings, folder, world, title=""):
     log = Log(folder, exam, run.steps, run.eval_every, steps, observers, title, **spent)
 
     parts = {"log": log, "random": Random(generator)}
+    # a checkpoint of other data, or of another number of observers, is not taken up
     store = OneFile(folder / "checkpoint.safetensors", model, optimizer, args.device, data=world.key, observers=len(observers))
     with Keeper(store, parts, total=run.steps, every=args.save_every, desc=folder.name, title=title) as keeper:
         for step in keeper.steps():  # from the last checkpoint on
@@ -92,7 +93,7 @@ def train_policy(args, settings, folder, world, title=""):
             if not len(b.reward):  # DAPO has dropped every group
                 log.add(**step_numbers(b))
                 continue
-            add_logps(model, b, run.lam)
+            add_logps(model, b, future_lam(run))
             if "z0" in LOSSES[run.loss].inputs:  # KTO
                 b.z0 = kto_z0(model, world.base, b)
             if run.schedule == "linear":
@@ -101,7 +102,7 @@ def train_policy(args, settings, folder, world, title=""):
             optimizer.zero_grad()
             loss.backward()
             grad_norm = clip_grad_norm_(model.parameters(), 1.0)
-            if not args.skip_nonfinite or torch.isfinite(loss + grad_norm):  # a device waits for the loss only then
+            if not args.skip_nonfinite or torch.isfinite(loss + grad_norm):  # the test would wait for a GPU
                 optimizer.step()  # AdamW's
             # ------------------------------------------------------------------
             log.add(**step_numbers(b, loss, grad_norm, coefficient))
@@ -132,7 +133,7 @@ class Exam:
     def __init__(self, run, world):
         self.run, self.world, self.samples = run, world, []
         reward = world.rollouts.reward
-        # the first batch of a fixed order
+        # the first MONITORED rows of each kind in the order of training
         self.monitored = batch_order(reward, 1, 2 * MONITORED, run.seed)[0].unique().to(reward.device)
 
     @torch.no_grad()
@@ -144,7 +145,7 @@ class Exam:
         if step in (0, run.steps):
             test, self.samples = evaluate(model, self.world.test, run.eval_samples, generator)
             columns |= {f"test_{name}": value for name, value in test.items() if name != "malformed"}
-        add_logps(model, b, run.lam)
+        add_logps(model, b, future_lam(run))
         values = {"logratio": b.logratio, "pi": (b.logp_sum / b.length).exp(), "pihat": (b.future_logp_sum / b.length).exp()}
         groups = {"correct": b.reward > 0, "incorrect": b.reward < 0}
         for name, kind in itertools.product(values, groups):
@@ -250,8 +251,8 @@ def parse_args(argv=None):
     add_task_flags(parser)
     flags.add_machine_flags(parser)
     with_form = {name: row for name, row in LOSSES.items() if row.has_fpa_form or row.form_of}
-    parser.add_argument("--explain", type=flags.one_of(with_form), metavar="NAME", help="train nothing: show what one step of "
-        f"this loss and one of its FPA form do to a pair of rollouts, token by token{flags.NO_DEFAULT}")  # fmt: skip
+    parser.add_argument("--explain", type=flags.one_of(with_form), metavar="NAME", help="no run: show what one step of this "
+        f"loss and one of its FPA form do to a pair of rollouts, token by token{flags.NO_DEFAULT}")  # fmt: skip
     args = parser.parse_args(argv)
     if args.explain:
         if args.loss is not parser.get_default("loss"):

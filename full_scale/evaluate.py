@@ -50,12 +50,6 @@ def mean_and_error(values):
     return np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
 
 
-def pass_at_1(rows):
-    """Rollouts -> (mean over problems, its standard error over problems, number of problems)."""
-    shares = [np.mean(labels) for labels in by_problem(rows, [row["label"] for row in rows])]
-    return *mean_and_error(shares), len(shares)
-
-
 def report(rows, strict=False):
     """A line of pass@1, and one for each power of two up to the number of samples, and for that number."""
     problems = by_problem(rows, [row["label"] or vote(row, strict) for row in rows])

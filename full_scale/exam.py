@@ -1,7 +1,7 @@
 """Accuracies during training: a policy's answers to held-out problems, which are asked as the rollouts were.
 
 The columns are the toy's, with `malformed` for the share of samples at temperature 1 that state no answer. Of several processes
-each samples all answers, and the first one's count. Left out: vLLM, and the columns of test problems.
+each samples all answers, and the first one judges its own. Left out: vLLM, and the columns of test problems.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from plumbing.log import pass_at
 from . import gym
 from .chunked import chunks, head_logits
 from .data import padded
-from .load_hf import ChatTokenizer
 from .policy import completion_hidden, head_of
-from .processes import agreed
+from .processes import by_first, say
+from .prompts import ChatTokenizer
 from .rollouts import answer_of, beside_of, ends_of, prepare, prompts_of, read_problems, sample_each
 from .verdict import final_answer
 
@@ -42,13 +42,13 @@ class Exam:
         made = read_json(path)
         try:
             self.asked, date = SimpleNamespace(**made["asked"]), datetime.datetime.fromisoformat(made["date"])
-            self.problems = read_problems(args.eval_problems, self.asked.fields, skip_bad=args.skip_bad_lines)
+            self.problems = read_problems(args.eval_problems, self.asked.fields, skip_bad=args.skip_bad_lines, say=say)
             self.tokenizer = ChatTokenizer(folder)
             self.texts = prepare(self.tokenizer, self.asked, date)
             texts = [self.tokenizer.ask(problem, self.asked.system, self.asked.shots) for problem, _ in self.problems]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{path}: does not say how these rollouts were asked; full_scale.rollouts writes it") from None
-        self.prompts = [ids for _, ids in prompts_of(texts, self.tokenizer, self.asked.max_tokens)]
+        self.prompts = [ids for _, ids in prompts_of(texts, self.tokenizer, self.asked.max_tokens, say)]
         trained = {tuple(ids[:start].tolist()) for ids, start in zip(data.tokens, data.prompt_length)}
         if known := sum(tuple(prompt) in trained for prompt in self.prompts):
             raise UserError(f"{args.eval_problems}: {known} of {len(self.prompts)} problems are in {args.data} too")
@@ -77,7 +77,7 @@ class Exam:
             entropy = self.entropy(model, [ids[0] for ids in sampled], device)
         answers = [[answer_of(ids, prompt, self.tokenizer, self.texts) for ids in some]
                    for some, prompt in zip(sampled, self.prompts)]  # fmt: skip
-        return agreed(self.columns(answers) | {"entropy": entropy})
+        return by_first(lambda: self.columns(answers) | {"entropy": entropy})
 
     def columns(self, answers):
         """Accuracies from the answers to every problem: those at temperature 1, those at 0.7, the greedy one."""

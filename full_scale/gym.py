@@ -128,11 +128,11 @@ def is_right(gold, completion, finished=False, strict=False):
 # --- the command
 
 
-def setting(text):
-    """KEY=VALUE -> (key, value), JSON's value where it is one. Raises ArgumentTypeError."""
+def setting(text, refused=(), which=""):
+    """NAME=VALUE -> (name, value), JSON's value where it is one. Raises ArgumentTypeError, also for some names."""
     name, equals, value = text.partition("=")
-    if not name.isidentifier() or not equals:
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, not {text!r}")
+    if not name.isidentifier() or not equals or name in refused:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE{which}, not {text!r}")
     try:
         return name, json.loads(value)
     except ValueError:

@@ -19,10 +19,10 @@ from plumbing.files import UserError, checksum, read_json, replacing, write_json
 from plumbing.flags import answer_length, command, command_line
 
 from . import gguf_file
-from .prompts import PROMPT, ChatTokenizer
-from .published import COMPANIONS, INDEX, empty_model, fetch, gpt_config, parameter_count
+from .chunked import CHUNK
+from .prompts import ChatTokenizer
+from .published import ADAPTER, COMPANIONS, INDEX, TEMPLATES, empty_model, fetch, gpt_config, parameter_count
 
-__all__ = ["PROMPT", "ChatTokenizer", "fetch", "load_pretrained", "save_pretrained"]
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -37,8 +37,8 @@ def published_name(name):
 
 def weight_files(folder):
     """The files that transformers would read: model.safetensors, else what the index names. Raises UserError."""
-    if (folder / "adapter_config.json").exists():
-        raise UserError(f"{folder / 'adapter_config.json'}: adapters are not supported; merge it into its model first")
+    if (folder / ADAPTER).exists():
+        raise UserError(f"{folder / ADAPTER}: adapters are not supported; merge it into its model first")
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if not (folder / INDEX).exists():
@@ -191,10 +191,12 @@ def save_pretrained(model, folder, dtype=None):
         if len(shards) > 1:
             size = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
             write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        for name in COMPANIONS:
-            if (source / name).exists():
-                with replacing(folder / name) as temporary:
-                    temporary.write_bytes((source / name).read_bytes())
+        for path in (*map(source.joinpath, COMPANIONS), *(source / TEMPLATES).glob("*.jinja")):
+            if path.exists():
+                target = folder / path.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                with replacing(target) as temporary:
+                    temporary.write_bytes(path.read_bytes())
         raw = read_json(source / "config.json")
         raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", raw)
@@ -203,7 +205,7 @@ def save_pretrained(model, folder, dtype=None):
 # --- what it takes
 
 
-def training_gib(config, parameters, gpus, precision, tokens=5120, chunk=256):
+def training_gib(config, parameters, gpus, precision, tokens=5120):
     """An estimate of a GPU's peak memory in full_scale/train.py, in GiB: what its tensors add up to, without fragmentation.
 
     precision "fp32" or "bf16", whose weights, gradients and AdamW moments are fp32 all the same, 16 bytes a parameter over
@@ -214,14 +216,15 @@ def training_gib(config, parameters, gpus, precision, tokens=5120, chunk=256):
     layer = (parameters - (1 if config.tied_head else 2) * head) // config.n_layers
     gathered = (head * (1 if config.tied_head else 2) + 2 * layer) * (size + 4) if gpus > 1 or size == 2 else 0
     activations = tokens * (config.n_layers * config.d_model + 4 * config.d_ff + 8 * config.d_model) * size
-    logits = 4 * chunk * config.vocab_size * 4
+    logits = 4 * CHUNK * config.vocab_size * 4
     return (16 * parameters / gpus + gathered + head * (size + 4) + activations + logits) / 2**30
 
 
 def describe(name, folder, model):
     """The lines of `python -m full_scale.load_hf` before the sample."""
     c, parameters = model.config, parameter_count(model)
-    (architecture,) = read_json(folder / "config.json")["architectures"]
+    architectures = read_json(folder / "config.json")["architectures"]
+    architecture = architectures if isinstance(architectures, str) else architectures[0]
     lines = [
         f"{name}: {architecture}, {parameters / 1e9:.2f} billion parameters",
         f"  folder       {folder}",

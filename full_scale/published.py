@@ -31,8 +31,10 @@ COMPANIONS = (
     "tokenizer.json tokenizer_config.json chat_template.jinja generation_config.json special_tokens_map.json vocab.json "
     "merges.txt added_tokens.json"
 ).split()
-PUBLISHED = ("*.safetensors", "config.json", INDEX, *COMPANIONS, "additional_chat_templates/*.jinja")  # what is downloaded
-READ = (*PUBLISHED, "*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates")  # what transformers may open
+TEMPLATES = "additional_chat_templates"
+ADAPTER = "adapter_config.json"  # downloaded too, since a checkpoint that has it is refused
+PUBLISHED = ("*.safetensors", "config.json", INDEX, ADAPTER, *COMPANIONS, f"{TEMPLATES}/*.jinja")  # what is downloaded
+READ = (*PUBLISHED, "*.json", "*.jinja", "*.model", "*.txt", TEMPLATES)  # what transformers may open
 MOST_BYTES = 2**30  # of a file that is read whole
 MOST = {"num_hidden_layers": gguf_file.MOST_LAYERS, "num_labels": 1000}  # transformers makes lists of so many
 # What would put other numbers into the model than its own files and config.json's sizes.
@@ -94,7 +96,7 @@ def without_links_out(folder):
             raise UserError(f"{path}: {error}") from None
         if not any(target.is_relative_to(place) for place in allowed):
             raise UserError(f"{path}: a link out of the folder, to {target}")
-        if path.exists() and not path.is_file() and path.name != "additional_chat_templates":
+        if path.exists() and not path.is_file() and path.name != TEMPLATES:
             raise UserError(f"{path}: not a file")
         if path.suffix != ".safetensors" and path.exists() and path.stat().st_size > MOST_BYTES:
             raise UserError(f"{path}: larger than {MOST_BYTES / 2**30:.0f} GiB")

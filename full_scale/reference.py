@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from losses import LOSSES
+from losses import future_lam
 from plumbing.files import UserError, digest, locked, read_beside, write_beside, write_tensors
 from plumbing.log import progress
 
@@ -24,12 +24,6 @@ from .policy import build, completion_hidden, head_of, logp_sums
 from .processes import by_first, is_first, say, summed
 
 SHARD_BYTES = 2**30  # of hidden states in a file
-
-
-def future_lam(run):
-    """How far a run's loss extrapolates: 0 where it never looks at the future policy."""
-    loss = LOSSES[run.loss]
-    return getattr(run, "lam", 0.0) if loss.has_fpa_form or "future_logp_sum" in loss.inputs else 0.0
 
 
 def read_cache(folder):

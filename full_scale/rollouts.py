@@ -4,8 +4,8 @@
 
 A line is {"prompt", "completion", "label"}, TRL's unpaired preference format, the problem's number, `finished`, False where
 the answer was cut off, and the tokens that were asked and sampled, which training takes: prompt_ids, completion_ids. A
-text of --stop that ended an answer is its stop_reason. Answers are verified by verdict.py. vLLM samples where it is
-installed, else model.py.
+text of --stop that ended an answer is its stop_reason. Answers are verified by verdict.py. vLLM samples where it and a GPU are,
+and the checkpoint is no .gguf file, else model.py.
 
 A problems file has a JSON object a line. Fields by data set, as their dumps carry them, and the mapping to give:
     MATH-500        problem, answer                 none needed
@@ -47,9 +47,9 @@ from plumbing.log import progress
 from . import gym
 from .formats import json_lines
 from .gguf_file import named
-from .load_hf import checkpoint_key, fetch, load_pretrained
+from .load_hf import checkpoint_key, load_pretrained
 from .prompts import PROMPT, ChatTokenizer
-from .published import checkpoint_name
+from .published import checkpoint_name, fetch
 from .verdict import gold_answer, vote
 
 AT_ONCE = 64  # sequences that model.py samples together
@@ -172,13 +172,15 @@ def vllm_sampler(args, asked, folder, date):
 
     def sample(prompts, counts, seed):
         most = max(counts)  # vLLM gives a prompt's samples the seeds from its own one on, so the prompts' lie apart
+        alike = [wanted if args.temperature == 0 else 1 for wanted in counts]  # vLLM takes one greedy sample alone
         asked = [
-            SamplingParams(n=wanted, temperature=args.temperature, max_tokens=args.max_tokens, seed=seed + i * most, stop=texts,
-                           stop_token_ids=sorted(tokenizer.stops), skip_special_tokens=False)
-            for i, wanted in enumerate(counts)
+            SamplingParams(n=wanted // same, temperature=args.temperature, max_tokens=args.max_tokens, seed=seed + i * most,
+                           stop=texts, stop_token_ids=sorted(tokenizer.stops), skip_special_tokens=False)
+            for i, (wanted, same) in enumerate(zip(counts, alike))
         ]  # fmt: skip
         outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked)
-        return [[list(sampled.token_ids) for sampled in output.outputs] for output in outputs]
+        answers = [[list(sampled.token_ids) for sampled in output.outputs] for output in outputs]
+        return [some * same for some, same in zip(answers, alike)]
 
     return sample, tokenizer, texts
 
@@ -281,12 +283,12 @@ def read_shots(args):
     return shots[:wanted]
 
 
-def prompts_of(texts, tokenizer, max_tokens):
+def prompts_of(texts, tokenizer, max_tokens, say=print):
     """Prompts -> [(text, ids)]; says where an answer of so many tokens is longer than the model was made for."""
     prompts = [(text, tokenizer.encode(text, special=tokenizer.plain)) for text in texts]
     most, positions = max(len(ids) for _, ids in prompts) + max_tokens, tokenizer.positions
     if positions and most > positions:
-        print(f"warning: the longest prompt and --max-tokens are {most:,} tokens, and the model's positions {positions:,}")
+        say(f"warning: the longest prompt and --max-tokens are {most:,} tokens, and the model's positions {positions:,}")
     return prompts
 
 
@@ -304,14 +306,9 @@ class Shots(argparse.Action):
 
 
 def template_arg(text):
-    """NAME=VALUE -> (name, value), JSON's value where it is one. Raises ArgumentTypeError."""
-    name, equals, value = text.partition("=")
+    """NAME=VALUE with a name that a chat template may read. Raises ArgumentTypeError."""
     reserved = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"chat_template"}
-    if not name.isidentifier() or not equals or name in {"messages", *reserved}:
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE with a name that the template reads, not {text!r}")
-    with contextlib.suppress(ValueError):
-        return name, json.loads(value)
-    return name, value
+    return gym.setting(text, {"messages", *reserved}, " with a name that the template reads")
 
 
 def text(value):

@@ -11,6 +11,7 @@ losses that sample at every step, and packing of several rows into one sequence.
 """
 
 import argparse
+import collections
 import contextlib
 import gc
 import itertools
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from losses import HYPERPARAMETERS, LOSSES, objective
+from losses import HYPERPARAMETERS, LOSSES, future_lam, objective
 from plumbing.batches import batch_order, draw_order
 from plumbing.files import (
     Interrupted,
@@ -59,12 +60,13 @@ from plumbing.log import FORMAT, PERCENTILES, environment
 
 from .data import batch_of, first_date, micro_batches, pack, read_data
 from .exam import MOST_SAMPLES, Exam
-from .load_hf import ChatTokenizer, checkpoint_key, fetch, save_pretrained
+from .load_hf import checkpoint_key, save_pretrained
 from .log import Log, Steps
 from .policy import build, completion_hidden, head_of, logp_sums
 from .processes import by_first, is_first, say, start_processes, stopped, summed, summed_by_name
-from .published import checkpoint_name
-from .reference import Reference, future_lam
+from .prompts import ChatTokenizer
+from .published import checkpoint_name, fetch
+from .reference import Reference
 from .rollouts import beside_of
 from .store import ShardedStore
 
@@ -79,7 +81,7 @@ def training_step(model, optimizer, data, reference, rows, run, size):
 
     The numbers are the same in every process.
     """
-    batches, sums = micro_batches(data, rows, size, LOSSES[run.loss].pairs), {}
+    batches, sums = micro_batches(data, rows, size, LOSSES[run.loss].pairs), collections.Counter()
     z0 = kto_z0(model, data, reference, batches) if "z0" in LOSSES[run.loss].inputs else None
     optimizer.zero_grad()
     for some in batches:
@@ -89,7 +91,7 @@ def training_step(model, optimizer, data, reference, rows, run, size):
         b.logratio = b.logp_sum - reference.logp_sum[some].to(reference.device)
         loss, coefficient = objective(b, run)
         (loss / len(batches)).backward()  # FSDP2 takes the mean over processes
-        add_to(sums, loss=loss.detach() / len(batches) / dist.get_world_size(), **batch_numbers(b, coefficient))
+        sums.update(loss=loss.detach() / len(batches) / dist.get_world_size(), **batch_numbers(b, coefficient))
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     sums = {name: value.item() for name, value in summed_by_name(sums).items()}
@@ -129,12 +131,6 @@ def batch_numbers(b, coefficient):
     numbers = {"weight_correct": weight[~wrong].sum(), "weight_incorrect": weight[wrong].sum()}
     numbers |= {"rows_correct": (~wrong).sum(), "rows_incorrect": wrong.sum()}
     return numbers | dict(zip(("below_0.2_pi", "below_0.2_pihat"), below)) | {"tokens_trained": b.length.sum()}
-
-
-def add_to(sums, **numbers):
-    """Add numbers to sums of the same names."""
-    for name, number in numbers.items():
-        sums[name] = sums[name] + number if name in sums else number
 
 
 @torch.no_grad()
@@ -305,14 +301,21 @@ def add_flags(parser):
     add("--data", required=True, type=printable_path, metavar="FILE", help="rollouts of it, JSON lines: prompt, completion, "
         f"label, or prompt, chosen, rejected{NO_DEFAULT}")  # fmt: skip
     add("--max-length", default=2560, type=count, metavar="N", help="tokens; a longer row is a bad line")
-    add("--skip-bad-lines", action="store_true", help="go on without the rollouts' bad lines")
+    add("--skip-bad-lines", action="store_true", help="go on without the bad lines of rollouts and problems")
     add = parser.add_argument_group("training").add_argument
     add("--steps", default=500, type=count, metavar="N", help="optimizer steps")
     add("--lr", nargs="+", default=[1e-6], type=learning_rate, metavar="X", help="AdamW's highest learning rate")
     add("--warmup", default=10, type=natural, metavar="N", help="steps of linear warm-up, before a cosine to 0")
     add("--batch-size", default=64, type=count, metavar="N", help="rows a step over all GPUs, half of them correct")
     add("--micro-batch", default=2, type=count, metavar="N", help="rows that a GPU takes at once; gradients accumulate")
-    add("--seed", nargs="+", default=[0], type=natural, metavar="N", help="of the order of the rows")
+    add(
+        "--seed",
+        nargs="+",
+        default=[0],
+        type=natural,
+        metavar="N",
+        help="of the rows' order and of evaluations",
+    )
     add("--skip-nonfinite", default=0, type=natural, metavar="N", help="leave out the updates of at most N steps whose loss or "
         "gradient is not finite; one more stops the run")  # fmt: skip
     add = parser.add_argument_group("evaluation").add_argument

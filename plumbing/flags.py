@@ -179,7 +179,7 @@ def users(name, losses):
 
 
 def add_method_flags(parser, losses, hyperparameters, default):
-    """The flags that choose the method; `methods` reads them. Every one takes several values."""
+    """The flags that choose the method; `methods` reads them. All but the switches take several values."""
     add = parser.add_argument_group("method").add_argument
     parser.losses = tuple(losses)
     labels = {row.label.lower().replace("-", "_"): name for name, row in losses.items()}
@@ -297,7 +297,7 @@ def add_training_flags(parser):
     add("--lr", nargs="+", default=[2e-4], type=learning_rate, metavar="X", help="AdamW's learning rate")
     add("--schedule", nargs="+", default=["constant"], type=one_of(SCHEDULES), metavar="NAME", help="constant: the rate stays; "
         "linear: it falls to 0 at the end")  # fmt: skip
-    add("--batch-size", default=64, type=count, metavar="N", help="trajectories a step; offline, half correct, half incorrect")
+    add("--batch-size", default=64, type=count, metavar="N", help="answers a step; offline, half correct, half incorrect")
     add("--skip-nonfinite", default=0, type=natural, metavar="N", help="leave out the updates of at most N steps whose loss or "
         "gradient is not finite; one more stops the run")  # fmt: skip
     add("--diagnostics", action="store_true", help="also measure gradient entanglement, extrapolation and single tokens")

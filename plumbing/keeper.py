@@ -45,8 +45,8 @@ class Keeper:
 
     def __enter__(self):
         with contextlib.ExitStack() as entered:
-            disable = None if self.bar else True  # None: a bar on a terminal only
-            self.bar = entered.enter_context(progress(total=self.total, initial=self.first, desc=self.desc, disable=disable))
+            shown = {} if self.bar else {"disable": True}
+            self.bar = entered.enter_context(progress(total=self.total, initial=self.first, desc=self.desc, **shown))
             self.caught = entered.enter_context(finishing_step())
             self.entered = entered.pop_all()
         return self

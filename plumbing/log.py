@@ -152,7 +152,8 @@ class Log:
                 if name in columns:
                     self.counts[name] += int(columns[name].double().sum())
         self.steps.clear()
-        return {name: ({**values, **self.counts, "skipped": self.steps.skipped})[name] for name in COLUMNS}
+        values |= {**self.counts, "skipped": self.steps.skipped}
+        return {name: values[name] for name in COLUMNS}
 
     def state(self):
         """A part of a checkpoint (keeper.py)."""

@@ -153,16 +153,16 @@ def memory_ratio():
 
 
 def shared_tokens(runs):
-    """C1, C2: correct and incorrect trajectories are alike."""
+    """C1, C2: correct and incorrect answers are alike."""
     table = {}
     off_rl, _ = compared(runs)
     of_toy = [run for run in off_rl if "shared_tokens" in run.config.get("measured", {})]
     entangled = with_table(off_rl, "entanglement")
-    table["C1"] = "correct and incorrect trajectories share most tokens", [
+    table["C1"] = "correct and incorrect answers share most tokens", [
         Measured("share of incorrect tokens also in some correct rollout", per_seed(of_toy, facts("shared_tokens")), ">", 0.5),
         Measured("longest common prefix, share of the length", per_seed(of_toy, facts("common_prefix"))),
     ], ["main"]  # fmt: skip
-    table["C2"] = "the gradients of correct and incorrect trajectories are entangled", [
+    table["C2"] = "the gradients of correct and incorrect answers are entangled", [
         Measured("cosine, mean over Off-RL's run", per_seed(entangled, entanglement("cosine")), ">"),
         Measured("cosine before training", per_seed(entangled, entanglement("cosine", 0))),
         Measured("share of pairs with g > a, mean over Off-RL's run", per_seed(entangled, entanglement("share_g_above_a"))),
@@ -172,14 +172,14 @@ def shared_tokens(runs):
 
 
 def divergence(runs):
-    """C3 to C5: what Off-RL does to correct trajectories, and FPA's brake."""
+    """C3 to C5: what Off-RL does to correct answers, and FPA's brake."""
     table = {}
     off_rl, fpa = compared(runs)
-    table["C3"] = "Off-RL drags correct trajectories down", [
+    table["C3"] = "Off-RL drags correct answers down", [
         Measured("final log-ratio of correct ones [nats]", per_seed(off_rl, last("logratio_correct")), "<"),
         Measured("of incorrect ones [nats]", per_seed(off_rl, last("logratio_incorrect"))),
     ], ["main"]  # fmt: skip
-    table["C4"] = "FPA keeps correct trajectories higher than Off-RL does, at a larger margin", [
+    table["C4"] = "FPA keeps correct answers higher than Off-RL does, at a larger margin", [
         Measured("final log-ratio of correct ones, FPA − Off-RL [nats]", paired(fpa, off_rl, last("logratio_correct")), ">"),
         Measured("correct − incorrect log-ratio, FPA − Off-RL [nats]", paired(fpa, off_rl, margin), ">"),
         Measured("the same, FPA alone [nats]", per_seed(fpa, margin), ">"),
@@ -187,7 +187,7 @@ def divergence(runs):
     brake = per_seed(fpa, lambda run: np.mean(run.log["pihat_incorrect"] / run.log["pi_incorrect"]))
     counts = per_seed(fpa, lambda run: (run.log["below_0.2_pihat"][-1] - run.log["below_0.2_pi"][-1]) / 1000)
     table["C5"] = "FPA brakes earlier", [
-        Measured("future π̄ / π̄ of incorrect trajectories, mean over FPA's run", brake, "<", 1),
+        Measured("future π̄ / π̄ of incorrect answers, mean over FPA's run", brake, "<", 1),
         Measured("thousands of incorrect rows with future π̄ below 0.2, more than with π̄", counts, ">"),
     ], ["main"]  # fmt: skip
     return table

@@ -1,7 +1,7 @@
 """What `--diagnostics` measures beside the log, on the first pairs of a correct and an incorrect rollout of the same problem.
 
-entanglement.csv   (claim C2): norms and inner products of the trajectories' gradients, and what a step of the run's own loss on
-                   a pair does to its correct trajectory, an evaluation a row
+entanglement.csv   (claim C2): norms and inner products of the answers' gradients, and what a step of the run's own loss on
+                   a pair does to its correct answer, an evaluation a row
 tokens.csv         every token of some pairs: its log-ratio, and its log-probability under π_ref and under π̂ of four λ
 extrapolation.csv  (claim C10): how far the future policy of step t is from the policy of a later step t', against the present's
 batch.csv          (claims N1, N3): what a step of the run's own loss on all of the pairs does to their correct rows, and its
@@ -13,7 +13,7 @@ Left out: the gradients' entanglement between different problems, and the covari
 import numpy as np
 import torch
 
-from losses import LOSSES, future_logits, objective, token_logps
+from losses import LOSSES, future_lam, future_logits, objective, token_logps
 from plumbing.batches import pair_order
 from plumbing.files import write_csv
 
@@ -31,7 +31,7 @@ def coefficients(model, rollouts, pairs, run, add_logps):
     add_logps is train.py's, which imports this file.
     """
     b = rollouts[pairs.T.flatten()]  # the correct rows first
-    add_logps(model, b, run.lam)
+    add_logps(model, b, future_lam(run))
     if not all(hasattr(b, name) for name in LOSSES[run.loss].inputs):
         return torch.full(pairs.shape, torch.nan, device=pairs.device)
     return objective(b, run)[1].view(2, -1).T
@@ -71,11 +71,11 @@ def entanglement(model, rollouts, pairs, run, add_logps):
     """Means over pairs (P, 2) of row numbers, a correct and an incorrect one, of their gradients of logp_sum.
 
     a = |grad logp_w|^2, b = |grad logp_l|^2, g their inner product, cosine = g / sqrt(a b), and the share of pairs with g > a,
-    whose correct trajectory loses probability in a small step that weights both alike (Yuan et al., arXiv 2410.13828).
+    whose correct answer loses probability in a small step that weights both alike (Yuan et al., arXiv 2410.13828).
 
     net = C_w a - C_l g decides for the run's loss, which weights them by its own C. It is the slope of logp_w, in nats per unit
     of learning rate, along -grad of the pair's summed loss, -C_w logp_w + C_l logp_l. Below 0 a small step on the pair lowers
-    its correct trajectory.
+    its correct answer.
     """
     products = []
     for pair in pairs:
@@ -137,7 +137,7 @@ def distances(future, later, tokens, mask, length):
 
     kl, KL(later | future), and tv, total variation, of the whole distributions, and token_error, |log pi - log pi'| of the
     sampled token only, are means over completion tokens; coefficient_error, |pi_bar - pi_bar'|, and coefficient_rank,
-    Spearman's correlation of the two, are over trajectories.
+    Spearman's correlation of the two, are over answers.
     """
     scored = mask[:, 1:]
     log_p, log_q = (logits[:, :-1].log_softmax(-1) for logits in (later, future))  # (B, T - 1, V)

@@ -21,7 +21,7 @@ from plumbing.files import replacing
 from study.results import by, by_method, describe, final, fpa_runs, label, mean_and_interval, where
 from toy_math.tokenizer import ALPHABET
 
-PI, PIHAT = r"$\bar{\pi}$", r"future $\bar{\pi}$"  # trajectory probability under the present and under the future policy
+PI, PIHAT = r"$\bar{\pi}$", r"future $\bar{\pi}$"  # under the present and the future policy
 CORRECTNESS = {"correct": "-", "incorrect": "--"}  # line styles
 CHARACTERS = ALPHABET + "▪▪▪"  # ▪: EOS
 MOST_LINES = 7  # in a panel; more cannot be told apart
@@ -86,14 +86,14 @@ def over_steps(panels, height, width, methods):
         panel(axis, methods)
         axis.set_xlabel("training step")
         axis.locator_params(axis="x", nbins=5)
-    styles = [Line2D([], [], color="0.3", linestyle=s, label=f"{kind} trajectories") for kind, s in CORRECTNESS.items()]
+    styles = [Line2D([], [], color="0.3", linestyle=s, label=f"{kind} answers") for kind, s in CORRECTNESS.items()]
     dashed = any(line.get_linestyle() == CORRECTNESS["incorrect"] for axis in axes for line in axis.lines)
     legend(figure, methods, styles if dashed else ())
     return figure
 
 
 def kinds_for(methods):
-    """The trajectories that a panel shows of each method: both kinds, or the correct ones where both are too many lines."""
+    """The answers that a panel shows of each method: both kinds, or the correct ones where both are too many lines."""
     return CORRECTNESS if len(CORRECTNESS) * len(methods) <= MOST_LINES else {"correct": "-"}
 
 

@@ -54,8 +54,8 @@ MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast")  # and no interv
 
 
 def figure_entanglement(runs):
-    """Gradients of a correct trajectory w and an incorrect one l of one problem. A small step on such a pair changes log π of w
-    by C_w·a − C_l·g, with the loss's own coefficients C: below 0 it drags the correct trajectory down.
+    """Gradients of a correct answer w and an incorrect one l of one problem. A small step on such a pair changes log π of w
+    by C_w·a − C_l·g, with the loss's own coefficients C: below 0 it drags the correct answer down.
     """
     chosen = few(with_table(main_runs(runs), "entanglement"), most=2)
     if not chosen:
@@ -80,7 +80,7 @@ def figure_entanglement(runs):
     parts.set(title="Squared norms and inner product", ylabel="mean over pairs, symlog")
     parts.set_yscale("symlog", linthresh=100)
     cosine.set(title="Cosine of the two gradients", ylabel="mean over pairs", ylim=(-1, 1))
-    share.set(title="Pairs whose correct trajectory a small step lowers", ylabel="share of pairs", ylim=(0, 1))
+    share.set(title="Pairs whose correct answer a small step lowers", ylabel="share of pairs", ylim=(0, 1))
     if decides:
         styled(share, {r"by the loss's own weights: $C_w\,a < C_l\,g$": "-", r"by equal weights: $a < g$": "--"})
         axes[3].set(title=r"What decides: $C_w\,a-C_l\,g$", ylabel="nats per unit of learning rate,\nmean over pairs, symlog")
@@ -275,7 +275,7 @@ def figure_extrapolation_map(runs):
 
 def figure_forecast(runs):
     """Does the future policy of step t forecast the policy of t′ = (1 + λ) t? Below 1 it is nearer than the present policy; in
-    the last panel, above 0 it orders the trajectories better.
+    the last panel, above 0 it orders the answers better.
     """
     groups = diagnosed(runs)
     kinds = {

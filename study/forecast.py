@@ -15,8 +15,8 @@ import torch
 import full_scale.train
 from full_scale.chunked import head_logits
 from full_scale.data import batch_of, pack
-from full_scale.load_hf import ChatTokenizer
 from full_scale.policy import head_of
+from full_scale.prompts import ChatTokenizer
 from model import shared_prefix
 from plumbing.batches import batch_order, pair_order
 from plumbing.files import write_csv

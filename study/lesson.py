@@ -107,7 +107,7 @@ def train_with(loss, world, steps=200, every=50):
     optimizer = adamw(model.parameters(), LR)
     order = batch_order(world.rollouts.reward, steps, BATCH, SEED)
     asked = dataclasses.replace(world, test=world.test[:1])  # the validation problems are enough
-    exam = train.Exam(SimpleNamespace(seed=SEED, lam=2.0, eval_samples=16, steps=steps), asked)
+    exam = train.Exam(SimpleNamespace(loss="fpa", seed=SEED, lam=2.0, eval_samples=16, steps=steps), asked)
     rows, since = [], []  # since: loss and norm of each step since the last row
     for step in range(steps + 1):
         if step % every == 0 or step == steps:

@@ -45,13 +45,17 @@ CASES = {
         "kto": {"loss": "kto", "beta": 0.1},
         "long_off_rl": {"loss": "off_rl", "steps": LONG},
         "long_fpa": FPA | {"steps": LONG},
-        "forecast": FPA | {"eval_every": 10},  # these have tables and no accuracies
+        "forecast": FPA | {"eval_every": 10},
         "slow_forecast": FPA | {"eval_every": 10, "lr": 1e-6},
+        "slow_long_forecast": FPA | {"eval_every": 50, "lr": 1e-6, "steps": 300},
         "tokens": {"loss": "off_rl", "eval_every": 10},
     }.items()
 }
-CASES |= {f"differences_{name}": CASES[name] for name in ("off_rl", "fpa", "topr")}
-FORECASTS = ("forecast", "slow_forecast", "tokens")
+THREE = ("off_rl", "fpa", "topr")
+CASES |= {f"differences_{name}": CASES[name] for name in THREE}
+CASES |= {f"{name}_{lr:g}": CASES[name] | {"lr": lr} for lr in (5e-6, 5e-5) for name in THREE}
+FORECASTS = {"forecast": 10, "slow_forecast": 10, "slow_long_forecast": 100}  # {case: the step whose π̂ is compared}
+UNEXAMINED = [*FORECASTS, "tokens"]  # they have tables and no accuracies
 SHOWN = {
     "pass@1, T = 0.7": "accuracy_0.7",
     "T = 1": "accuracy",
@@ -101,7 +105,7 @@ def run_case(name, args):
         asked = shlex.split(ROLLOUTS.format(task))
         call("full_scale.rollouts", *asked, "--problems", problems, "--seed", seed, "--out", data)
         flags = [*shlex.split(TRAINING), "--data", data, "--eval-problems", held_out, "--seed", seed]
-        call("study.forecast" if name in FORECASTS else "full_scale.train", *method, *flags, "--out", folder / "runs")
+        call("study.forecast" if name in UNEXAMINED else "full_scale.train", *method, *flags, "--out", folder / "runs")
 
     with ThreadPool(args.jobs or 1) as pool:
         pool.map(train, missing, chunksize=1)
@@ -158,22 +162,24 @@ def claims(cases):
 
 
 def forecasts_table(cases):
-    """How far π̂ of step 10 is from the later policy, at each rate, over how far the policy of step 10 is."""
+    """How far π̂ of a step is from the later policy, over how far the policy of the step is."""
     rows = []
-    for name in ("forecast", "slow_forecast"):
+    for name, step in FORECASTS.items():
         runs = cases.get(name, {}).values()
-        apart = np.array([np.divide(*forecasts(run, lambda t: t == 10)) for run in runs]).T
-        measured = [Measured("", values, ratio=True) for values in apart] + [Measured("", np.array([*map(straight(30), runs)]))]
+        apart = np.array([np.divide(*forecasts(run, lambda t: t == step)) for run in runs]).T
+        drift = np.array([*map(straight(3 * step), runs)])
+        measured = [*(Measured("", values, ratio=True) for values in apart), Measured("", drift)]
         cells = [str(some).removeprefix(": ") for some in measured] if runs else ["not run", "", ""]
-        rows.append([f"`{name}`", f"{CASES[name]['lr']:g}", len(runs), *cells])
-    return table(["case", "learning rate", "seeds", "λ = 1, step 20", "λ = 2, step 30", "R² of linear drift to step 30"], rows)
+        rows.append([f"`{name}`", f"{CASES[name]['lr']:g}", step, len(runs), *cells])
+    names = ["λ = 1, step 2t", "λ = 2, step 3t", "R² of linear drift to step 3t"]
+    return table(["case", "learning rate", "t", "seeds", *names], rows)
 
 
 def results(folder):
     """results.md of a folder of tables."""
     cases, tables = study(folder), []
     for task, asked in {"sums": "sums of three numbers", "differences": "sums and differences"}.items():
-        shown = {name: some for name, some in cases.items() if name not in FORECASTS and task_of(name) == task}
+        shown = {name: some for name, some in cases.items() if name not in UNEXAMINED and task_of(name) == task}
         tables.append(f"## {asked.capitalize()}\n\n{cases_table(shown, 'case', 'before training', SHOWN)}\n")
     return f"""# Results of the study of SmolLM2-135M-Instruct
 
@@ -188,7 +194,7 @@ The tables below have accuracies on held-out problems, and log-ratios of 32 corr
 
 {"".join(tables)}## Is π̂ a forecast?
 
-KL of π̂ at step 10 from the later policy, over that of the policy at step 10. Below 1, π̂ is a forecast.
+KL of π̂ at step t from the later policy, over that of the policy at step t. Below 1, π̂ is a forecast.
 
 {forecasts_table(cases)}"""
 

@@ -132,7 +132,7 @@ def write_trace(problem, slip_rate=0.0, rng=random, habit_rate=0.0):
 
 
 def verify(problem, completion, finished=True):
-    """Recompute the answer and compare. `finished` says whether the trajectory ended with EOS; one that did not is
+    """Recompute the answer and compare. `finished` says whether the completion ended with EOS; one that did not is
     malformed. Only the final answer decides `correct`, so two slips that cancel out pass, as they would in public
     verifiers of mathematical answers."""
     clean, _ = write_trace(problem)

@@ -82,7 +82,7 @@ def sample_groups(model, problems, run, generator):
 
 
 def rollout_rows(samples):
-    """The JSON lines' fields of what `sample` returns. `finished` is False where the trajectory was cut off before EOS."""
+    """The JSON lines' fields of what `sample` returns. `finished` is False where the completion was cut off before EOS."""
     ids = {}
     return [
         {

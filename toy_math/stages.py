@@ -158,7 +158,7 @@ def drawn(count, ops, split, seed):
     return draw_problems(count, ops, split, random.Random(f"{seed}/{split}"))
 
 
-def rollouts(args, seed, model, problems, path):
+def sampled_rollouts(args, seed, model, problems, path):
     """`--rollouts` samples at temperature 1 for each training problem, verified: rows as in toy_math/rollouts.py.
 
     Returns (rows, facts): what they are, and the seconds that they took.
@@ -211,7 +211,7 @@ def prepare(args, seed, prompts):
     with locked(base_path.with_suffix(".lock"), base_path, wait=True):
         base = base_model(args, seed, base_settings, base_path)
         rollouts_path = cache / f"rollouts-{digest(rollout_settings, base_path)}.jsonl"
-        rows, rollout_facts = rollouts(args, seed, base, problems, rollouts_path)
+        rows, rollout_facts = sampled_rollouts(args, seed, base, problems, rollouts_path)
         if len({row["label"] for row in rows}) < 2:
             missing = "incorrect" if rows[0]["label"] else "correct"
             raise UserError(

@@ -73,7 +73,7 @@ def exact_logp(model, b):
 @pytest.mark.parametrize(
     ("loss", "lam"), [("off_rl", 0.0), ("fpa", 2.0), ("dpo", 0.0), ("dpo", 2.0), ("rpo", 0.0), ("sft", 0.0), ("reinforce", 0.0)]
 )
-def test_net_is_what_a_small_step_does_to_the_correct_trajectory(loss, lam):
+def test_net_is_what_a_small_step_does_to_the_correct_answer(loss, lam):
     """Against the finite difference of a step of plain gradient descent on each pair, with autograd's own gradient."""
     (_, model), data = tiny_data()
     model, run = model.double(), run_of(loss, lam)

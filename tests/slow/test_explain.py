@@ -45,7 +45,7 @@ def test_the_screen_adds_up(loss, out):
         assert 0 < pi < 1 and 0 <= pi_hat < 1 and length > 5
         ratios.append(ratio)
         assert ratio == pytest.approx(future / present, abs=0.01 + 1e-4 / present)
-        if loss in ("off_rl", "fpa", "simper"):  # the weight of grad logp_mean is the trajectory's probability
+        if loss in ("off_rl", "fpa", "simper"):  # the weight of grad logp_mean is the answer's probability
             assert present == pytest.approx(pi, abs=1e-3) and future == pytest.approx(pi_hat, abs=1e-3)
         (text,) = re.findall(rf"^{name} +(\d\S*)$", screen, flags=re.M)
         for symbol, coefficient in (("π", present), ("π̂", future)):

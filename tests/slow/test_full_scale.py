@@ -106,7 +106,11 @@ def test_a_saved_checkpoint_is_the_loaded_one_bit_for_bit(architecture, options,
     monkeypatch.setattr(full_scale.load_hf, "SHARD_BYTES", 20_000)
     theirs = make_checkpoint(tmp_path / "in", architecture, **options)
     model, _ = load_pretrained(tmp_path / "in")
+    named = "additional_chat_templates/rag.jinja"
+    (tmp_path / "in" / named).parent.mkdir()
+    (tmp_path / "in" / named).write_text("{{ messages[0].content }}")
     save_pretrained(model, tmp_path / "out")
+    assert (tmp_path / "out" / named).read_text() == "{{ messages[0].content }}"
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert type(again) is type(theirs)
@@ -495,7 +499,7 @@ def test_answers_are_verified(answer, completion, correct):
 
 def test_pass_at_1_averages_problems():
     labels = [[1, 1], [0, 1], [0, 0]]
-    rows = [{"problem_id": i, "label": bool(label)} for i, some in enumerate(labels) for label in some]
-    mean, error, problems = full_scale.evaluate.pass_at_1(rows)
-    assert (mean, problems) == (0.5, 3)
-    assert error == pytest.approx(0.5 / math.sqrt(3))
+    answers = [{"problem_id": i, "label": bool(label)} for i, some in enumerate(labels) for label in some]
+    rows = [{**answer, "completion": "", "finished": True} for answer in answers]
+    expected = f"pass@1 0.5000 ± {0.5 / math.sqrt(3):.4f} (standard error over 3 problems, 2 samples each)"
+    assert full_scale.evaluate.report(rows).splitlines()[0] == expected

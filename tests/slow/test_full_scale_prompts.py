@@ -474,14 +474,22 @@ def test_vllm_is_asked_and_heard_the_same_way(tmp_path, monkeypatch):
 
         def generate(self, prompts, params):
             seen.extend([*prompts, *params])
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids)) for ids in said])]
+            answers = [SimpleNamespace(token_ids=tuple(ids)) for ids in said]
+            return [SimpleNamespace(outputs=answers[: words["n"]]) for words in params]
 
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=lambda **words: words))
+    def params(**words):
+        assert words["temperature"] or words["n"] == 1  # vLLM raises ValueError
+        return words
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=params))
     args = SimpleNamespace(gpus=1, temperature=1.0, max_tokens=9)
     asked = SimpleNamespace(template=True, template_arg=[], stop=[], shots=[])
     full_scale.rollouts.vllm_sampler(args, asked, tmp_path, datetime.datetime.now())[0]([[1], [2], [3]], [3, 1, 2], 5)
     taken = [seed for words in seen[4:] for seed in range(words["seed"], words["seed"] + words["n"])]
     assert len(taken) == len(set(taken)) == 6  # vLLM counts on from a prompt's seed
+    args.temperature = 0
+    greedy = full_scale.rollouts.vllm_sampler(args, asked, tmp_path, datetime.datetime.now())[0]([[1], [2]], [3, 1], 5)
+    assert greedy == [[said[0]] * 3, [said[0]]]
     seen.clear()
     rows = sample(tmp_path, "--n", 3, "--engine", "vllm", "--gpus", 2, "--stop", "Q:")
     assert seen[0] == {"model": str(tmp_path), "tensor_parallel_size": 2}

@@ -1,5 +1,6 @@
 """The weights of a checkpoint are those that transformers would read, or it is refused; never another number."""
 
+import fnmatch
 import functools
 import json
 import shutil
@@ -22,6 +23,7 @@ from test_full_scale import LLAMA3, ROLLOUTS, change_config, change_tensor, make
 from test_full_scale_training import QUICK, run_module, write
 
 import full_scale.load_hf
+from full_scale import published
 from full_scale.load_hf import checkpoint_key, fetch, load_pretrained, save_pretrained
 from full_scale.published import gpt_config
 from plumbing.files import UserError
@@ -188,6 +190,21 @@ def test_an_adapter_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
     with pytest.raises(UserError, match=r"adapter_config.json: adapters are not supported; merge it"):
         load_pretrained(tmp_path)
+
+
+def test_an_adapter_of_the_hub_is_downloaded_and_refused(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "hub")
+    (tmp_path / "hub" / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+
+    def download(name, allow_patterns):
+        shutil.copytree(tmp_path / name, tmp_path / "copy", ignore=lambda _, names: {
+            name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
+        })  # fmt: skip
+        return tmp_path / "copy"
+
+    monkeypatch.setattr(published, "snapshot_download", download)
+    with pytest.raises(UserError, match=r"adapter_config.json: adapters are not supported; merge it"):
+        load_pretrained("hub")
 
 
 SAVING = {

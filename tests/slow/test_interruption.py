@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -330,6 +331,16 @@ def test_the_first_signal_waits_and_the_second_ctrl_c_does_not():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
         assert outside.value.args == (signal.SIGTERM,)
+
+
+def test_bars_are_hidden_in_workers_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    store = SimpleNamespace(load=lambda: None, remove=lambda: None)
+    with keeper.Keeper(store, {}, total=1, every=1) as kept:
+        assert not kept.bar.disable
+    monkeypatch.setitem(log.progress.keywords, "disable", True)  # as plumbing.jobs.start_worker does
+    with keeper.Keeper(store, {}, total=1, every=1) as kept:
+        assert kept.bar.disable
 
 
 def test_signals_that_are_ignored_stay_so():

@@ -44,6 +44,8 @@ def test_every_loss_in_the_real_loop(finished, tmp_path, monkeypatch):
     for name, last in logs.items():
         assert float(last["grad_norm"]) > 0 and float(last["loss"]) != 0
         assert (float(last["coefficient_incorrect"]) == 0) == (name == "sft") and float(last["coefficient_correct"]) > 0
+        ahead = "lam" in name and name.split("-")[0] not in ("sharpened", "power")  # whose lam extrapolates no logits
+        assert (last["pihat_incorrect"] != last["pi_incorrect"]) == ahead, name
     assert float(logs["reinforce"]["coefficient_correct"]) == float(logs["sft"]["coefficient_correct"]) == 1
     assert float(logs["constant-weight0.25"]["coefficient_incorrect"]) == 0.25
 
