@@ -67,21 +67,21 @@ def train_policy(args, settings, folder, world, title=""):
         run, rollouts.reward, rollouts.problem_ids, len(world.problems), pairs=LOSSES[run.loss].pairs, online=online
     )
     generator = seeded(args.device, run.seed, "online")
-    observers = []
+    observer = None
     if args.diagnostics:
         from study.diagnostics import Observer
 
-        observers.append(Observer(model, rollouts, run, folder, add_logps))
+        observer = Observer(model, rollouts, run, folder, add_logps)
     # from here to the loop: the folder, the log and the checkpoints
     begin(folder, {**settings, "measured": world.measured, "environment": environment(args.device)}, args.resume)
     exam = Exam(run, world)
     spent = {} if online else world.spent()  # seconds and tokens that sampling the rollouts took
     steps = Steps("", args.skip_nonfinite, ids, f"; the last checkpoint, if there was one, is kept in {folder}")
-    log = Log(folder, exam, run.steps, run.eval_every, steps, observers, title, **spent)
+    log = Log(folder, exam, run.steps, run.eval_every, steps, observer, title, **spent)
 
     parts = {"log": log, "random": Random(generator)}
-    # a checkpoint of other data, or of another number of observers, is not taken up
-    store = OneFile(folder / "checkpoint.safetensors", model, optimizer, args.device, data=world.key, observers=len(observers))
+    same = {"data": world.key, "diagnostics": args.diagnostics}  # a checkpoint in which these differ is not taken up
+    store = OneFile(folder / "checkpoint.safetensors", model, optimizer, args.device, **same)
     with Keeper(store, parts, total=run.steps, every=args.save_every, desc=folder.name, title=title) as keeper:
         for step in keeper.steps():  # from the last checkpoint on
             log.look(step, model)  # evaluates every --eval-every steps

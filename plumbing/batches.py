@@ -44,18 +44,14 @@ def pair_order(reward, problem_ids, steps, batch_size, seed):
     return torch.cat([partners.view(steps, -1), incorrect.view(steps, -1)], dim=1)
 
 
-def problem_order(n_problems, steps, groups, seed):
-    """Problem numbers (steps, groups) for an online loss, in shuffled epochs."""
-    return walk(torch.arange(n_problems), steps * groups, seeded("cpu", seed, "order")).view(steps, -1)
-
-
 def draw_order(run, reward, problem_ids, n_problems, *, pairs, online):
     """What each step is trained on, and each step's problem ids, both (steps, …).
 
     The order holds row numbers, or problem numbers of an online loss. run holds steps, batch_size, seed and rollouts.
     """
     if online:
-        order = problem_order(n_problems, run.steps, run.batch_size // run.rollouts, run.seed)
+        wanted = run.steps * (run.batch_size // run.rollouts)
+        order = walk(torch.arange(n_problems), wanted, seeded("cpu", run.seed, "order")).view(run.steps, -1)
         return order, order
     if pairs:
         order = pair_order(reward, problem_ids, run.steps, run.batch_size, run.seed)

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import sys
 from concurrent.futures.process import BrokenProcessPool
 
@@ -16,6 +17,7 @@ from .files import Interrupted, NonFiniteError, UserError, one_line, printable_p
 from .keeper import interruptible
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+RUNS_AT_ONCE = "runs at once, a thread each; 0: one a CPU thread, one on a GPU"  # help of --jobs
 NO_DEFAULT = "%(default).0s"  # keeps argparse from adding a default to a flag's help
 
 
@@ -28,6 +30,8 @@ def spelling(text, kind, accepts):
     if span := re.fullmatch(r"(\d+)(?:-|\.\.|:)(\d+)", text):
         first, last = map(int, span.groups())
         words = range(first, last + 1) if first < last < first + 100 else []
+    elif kind is int and re.fullmatch(r"\d{1,3}(,\d{3})+", text):
+        words = [text.replace(",", "")]
     elif "," in text.strip(","):
         words = text.replace(",", " ").split()
     else:
@@ -116,7 +120,7 @@ class Parser(argparse.ArgumentParser):
             end = next((i for i in range(begin + 1, len(words)) if words[i].startswith("--")), len(words))
             words = words[:begin] + words[end:]
         program = self.prog if self.prog.startswith("python") else f"python {self.prog}"
-        return " ".join([program, *words, flag, str(value)])
+        return f"{program} {shlex.join([*words, flag, str(value)])}"
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
@@ -308,7 +312,7 @@ def add_machine_flags(parser):
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", type=one_of(DEVICES, {"gpu": "cuda"}), metavar="NAME", help=f"{', '.join(DEVICES)}; "
         "auto takes a GPU where there is one")  # fmt: skip
-    add("--jobs", default=0, type=natural, metavar="N", help="runs at once, a thread each; 0: one a CPU thread, one on a GPU")
+    add("--jobs", default=0, type=natural, metavar="N", help=RUNS_AT_ONCE)
     add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder of the runs and of the cached stages")
     add("--save-every", default=100, type=count, metavar="N", help="steps between checkpoints")
     add("--resume", default=True, action=argparse.BooleanOptionalAction, help="go on with an interrupted run from its last "

@@ -91,14 +91,14 @@ class Steps:
 class Log:
     """log.csv of one run, a row every `every` steps.
 
-    `measure(step, model)` gives the columns that an evaluation measures. `observers` are called before every step with the step
-    and whether a row is due; what they keep is kept with the log. seconds and sampled were spent before the first step.
-    `line(row, total, eta)` is what is printed for a row, after `title`.
+    `measure(step, model)` gives the columns that an evaluation measures. `observer` is called before every step with the step
+    and whether a row is due; what it keeps is kept with the log. seconds and sampled were spent before the first step. `title`
+    opens each line that is printed.
     """
 
-    def __init__(self, folder, measure, total, every, steps, observers=(), title="", line=None, seconds=0.0, sampled=0):
+    def __init__(self, folder, measure, total, every, steps, observer=None, title="", seconds=0.0, sampled=0):
         self.path, self.measure, self.total, self.every = folder / "log.csv", measure, total, every
-        self.steps, self.observers, self.title, self.line = steps, observers, title, line or progress_line
+        self.steps, self.observer, self.title = steps, observer, title
         self.rows, self.counts = [], {**dict.fromkeys(COUNTS, 0), "tokens_sampled": sampled}
         self.seconds, self.began, self.paused_for = seconds, time.time(), 0.0
         self.first = None  # the step and the time of this process's first row
@@ -121,13 +121,13 @@ class Log:
             self.paused_for += time.time() - paused
 
     def look(self, step, model):
-        """Before a step, and after the last one: evaluate where a row is due, and call the observers. Raises as `evaluate`."""
+        """Before a step, and after the last one: evaluate where a row is due, and call the observer. Raises as `evaluate`."""
         due = step % self.every == 0 or step == self.total
         if due:
             self.evaluate(step, model)
-        with self.paused():
-            for observer in self.observers:
-                observer(step, due)
+        if self.observer:
+            with self.paused():
+                self.observer(step, due)
 
     def evaluate(self, step, model):
         """Measure, append a row to log.csv, and print a line. Raises NonFiniteError, and UserError where the disk is full."""
@@ -139,7 +139,7 @@ class Log:
             self.first = self.first or (step, time.time())
             done, began = step - self.first[0], self.first[1]
             eta = (time.time() - began) / done * (self.total - step) if done else math.nan
-            tqdm.write(self.title + self.line(self.rows[-1], self.total, eta))
+            tqdm.write(self.title + progress_line(self.rows[-1], self.total, eta))
 
     def row(self, step, seconds, measured):
         """A row of log.csv from what was measured now and from the steps since the last row, whose numbers it forgets."""
@@ -157,14 +157,15 @@ class Log:
 
     def state(self):
         """A part of a checkpoint (keeper.py)."""
-        return {"rows": self.rows, "counts": self.counts, "seconds": self.spent(), "steps": self.steps.state(),
-                "observers": {str(i): observer.state() for i, observer in enumerate(self.observers)}}  # fmt: skip
+        observed = self.observer.state() if self.observer else {}
+        log = {"rows": self.rows, "counts": self.counts, "seconds": self.spent(), "steps": self.steps.state()}
+        return log | {"observer": observed}
 
     def restore(self, state):
         self.rows, self.counts, self.seconds = state["rows"], state["counts"], state["seconds"]
         self.steps.restore(state["steps"])
-        for i, observer in enumerate(self.observers):
-            observer.restore(state["observers"][str(i)])
+        if self.observer:
+            self.observer.restore(state["observer"])
 
 
 def step_numbers(b, loss=0.0, grad_norm=0.0, coefficient=None):

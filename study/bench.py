@@ -33,7 +33,7 @@ from losses import objective, token_logps
 from model import GPT, GPTConfig
 from plumbing import jobs
 from plumbing.files import write_text
-from plumbing.flags import NO_DEFAULT, command_line
+from plumbing.flags import NO_DEFAULT, command, command_line
 from plumbing.keeper import adamw, update
 from plumbing.log import environment, progress
 from study.measuring import NO_GOAL, against_best, against_generate, goal, in_turn, llama, make, peak_resident, ratio
@@ -572,11 +572,8 @@ def run(argv=None):
     args.to = args.to or (None if args.quick else ROOT / "docs" / "bench.md")
     if args.to and (not args.to.absolute().parent.is_dir() or args.to.is_dir()):
         parser.error(f"argument --to: {args.to} is not a file in a folder that exists")
-    try:
+    with command(parser.prog, "what is printed above is all that was measured", args.to or "."):
         main(args)
-    except KeyboardInterrupt:
-        print("interrupted: what is printed above is all that was measured", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def on_a_gpu(out):
     square, rows = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16), []
     seconds = in_turn(5, square=lambda: (square @ square, torch.cuda.synchronize()))["square"]
     for name, shape in REAL.items():
-        folder = out / name.replace("/", "-")
+        folder = out / name
         folder.mkdir()
         rate, flops, line = full_scale_steps(folder, GPTConfig(**shape))
         share = flops / (2 * 8192**3 / np.median(seconds))

@@ -7,6 +7,7 @@ import torch
 
 import train
 from plumbing import jobs
+from plumbing.files import locked
 from study.results import is_finished
 
 
@@ -24,8 +25,12 @@ def train_all(args, runs, one):
     Raises UserError, NonFiniteError, Interrupted.
     """
     todo = {name: settings for name, settings in runs.items() if args.force or not is_finished(args.out / name)}
-    if todo:
-        (args.out / "cache").mkdir(parents=True, exist_ok=True)
+    if not todo:
+        return
+    (args.out / "cache").mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as locks:
+        for name in todo:
+            locks.enter_context(locked(args.out / "cache" / f"{name}.lock", args.out / name))
         stages = {f"seed {settings['seed']}": (args, settings["seed"], todo) for settings in todo.values()}
         tasks = {args.out / name: (f"seed {s['seed']}", (args, name, s)) for name, s in todo.items()}
         count = min(args.jobs or torch.get_num_threads(), len(tasks))

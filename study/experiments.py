@@ -111,7 +111,7 @@ def best_rate(grid, runs):
     """The rate with the best mean over the runs of {rate: their settings}; None where a run is not held."""
     ids = {lr: [identity(settings) for settings in some] for lr, some in grid.items()}
     if all(run in runs for some in ids.values() for run in some):
-        return max(ids, key=lambda lr: sum(tune.final(runs[run]) for run in ids[lr]))
+        return max(ids, key=lambda lr: sum(tune.score_of(runs[run]) for run in ids[lr]))
 
 
 def at_best(name, runs):
@@ -119,9 +119,9 @@ def at_best(name, runs):
     return {case: f"{CASES[name][case]} --lr {lr:g}" for case, lr in best_rates(name, runs).items()}
 
 
-def settings_of(flags, seeds):
-    """The settings of the runs of some flags and seeds."""
-    return list(train.run_settings(command_of(flags, seeds)).values())
+def settings_of(flags, seeds, **more):
+    """The settings of the runs of some flags and seeds, with what train.py has no flag for."""
+    return [{**settings, **more} for settings in train.run_settings(command_of(flags, seeds)).values()]
 
 
 # {name: (its cases, from the runs that are held; seeds)}
@@ -208,17 +208,6 @@ def listing(folder):
 # --- the command
 
 
-def run_missing(name, out, jobs, folder):
-    """Train what a folder of tables lacks of an experiment, below `out`, and gather it case by case."""
-    count = 0
-    copy_stages(BASES, out)
-    for args in commands(name, held(folder)[0], out, jobs).values():
-        if todo := missing(args, *held(folder)):
-            train.main(args, todo)
-            count += gather_known(out, folder)
-    return count + gather_known(out, folder)
-
-
 def gather_known(out, folder):
     """Gather the finished runs of every experiment; the number of new ones."""
     known = members(held(folder)[0])
@@ -226,8 +215,14 @@ def gather_known(out, folder):
 
 
 def run_experiment(name, args):
-    """Train what is missing of an experiment, and gather it."""
-    count = run_missing(name, args.out, args.jobs, args.to)
+    """Train what is missing of an experiment, and gather it case by case."""
+    copy_stages(BASES, args.out)
+    count = 0
+    for case in commands(name, held(args.to)[0], args.out, args.jobs).values():
+        if todo := missing(case, *held(args.to)):
+            train.main(case, todo)
+            count += gather_known(args.out, args.to)
+    count += gather_known(args.out, args.to)
     print(f"gathered      {count} new runs into {args.to}, from {args.out}")
 
 

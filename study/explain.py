@@ -89,7 +89,7 @@ def explain(args):
     """Print the screen for the loss args.explain, at the first --lam and --seed. Raises UserError, NonFiniteError."""
     seed, lam = args.seed[0], args.lam[0]
     if len(args.lam) > 1:
-        print(f"--explain takes one --lam: {lam:g}")
+        print(f"--explain shows the first --lam alone: {lam:g}")
     present, future = plain_and_fpa(args)
     world = prepare(args, seed, args.prompts[0])
     rollouts, policy = world.rollouts, copy.deepcopy(world.base)
@@ -100,7 +100,7 @@ def explain(args):
     candidates = pairs.view(WALK, 2, -1).mT.flatten(0, 1)
     clean = candidates[rollouts.clean[candidates[:, 0]]]  # so that they part at the first wrong token
     if not len(clean):
-        raise UserError("no correct rollout without a wrong step: change --slip, --base-steps, --prompts or --rollouts")
+        raise UserError("no correct rollout without a wrong step: change --habit, --slip, --base-steps or --prompts")
     pair = clean[shared_share(rollouts, clean).argmax()]  # the first of ties
     z0 = train.kto_z0(policy, world.base, rollouts[rows[0]])
 

@@ -172,7 +172,7 @@ def figure_prompts(runs):
     ticks = sorted({run.config["prompts"] for some in methods.values() for run in some})
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    axis.set(xlabel="training prompts (8 rollouts each)", ylabel="final pass@1", ylim=(0, 1))
+    axis.set(xlabel=f"training prompts ({some[0].config['rollouts']} rollouts each)", ylabel="final pass@1", ylim=(0, 1))
     axis.legend(loc="lower right")
     return figure, [run for some in methods.values() for run in some]
 

@@ -19,7 +19,8 @@ from full_scale.policy import head_of
 from full_scale.prompts import ChatTokenizer
 from model import shared_prefix
 from plumbing.batches import batch_order, pair_order
-from plumbing.files import write_csv
+from plumbing.files import UserError, write_csv
+from plumbing.flags import command
 
 from .diagnostics import extrapolation, token_rows
 
@@ -70,5 +71,8 @@ class Snapshots:
 
 
 if __name__ == "__main__":
+    with command("python -m study.forecast"):
+        if not full_scale.train.parse_args().eval_problems:
+            raise UserError("argument --eval-problems: needed, since logits are kept in the place of its exam")
     full_scale.train.Exam = Snapshots
     full_scale.train.run([*sys.argv[1:], "--no-resume"])  # the logits of earlier rows are in memory alone

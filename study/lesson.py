@@ -27,7 +27,7 @@ from toy_math.tokenizer import decode
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs/lesson"
-SEED, LR, BATCH = 0, 2e-4, 64  # train.py's defaults
+SEED, LR, BATCH, BETA = 0, 2e-4, 64, 0.1  # train.py's defaults
 NAMED = ("logratio_correct", "logratio_incorrect")
 
 
@@ -101,7 +101,7 @@ def train_with(loss, world, steps=200, every=50):
     """Train a copy of the base model with loss(logits, ref_logits, tokens, mask, reward): (policy, {column: list}).
 
     The rows of each step, the optimizer and the evaluations are those of train.py's run of seed 0. So the log can lie over its
-    curves. loss_fn of off_rl_loss's arguments is to be wrapped: lambda logits, ref_logits, *rest: off_rl_loss(logits, *rest).
+    curves. A loss with off_rl_loss's arguments is to be wrapped: lambda logits, ref_logits, *rest: off_rl_loss(logits, *rest).
     """
     model = copy.deepcopy(world.base)
     optimizer = adamw(model.parameters(), LR)
@@ -255,18 +255,18 @@ def sums_of(run):
     return found
 
 
-def figure_brakes(run, dpo_brake, beta=0.1):
+def figure_brakes(run, dpo_brake):
     """DPO's brake, Off-RL's and FPA's on incorrect rows of one run, means over its pairs as a share of their start."""
     found = sums_of(run)
     brakes = {"DPO": [], "Off-RL": [], "FPA": []}
     for rows in found.values():
         count = len(rows)
-        brakes["DPO"].append(sum(float(dpo_brake(w, x, beta)) for w, x, _, _ in rows) / count)
+        brakes["DPO"].append(sum(float(dpo_brake(w, x, BETA)) for w, x, _, _ in rows) / count)
         brakes["Off-RL"].append(sum(present for *_, present, _ in rows) / count)
         brakes["FPA"].append(sum(future for *_, future in rows) / count)
     figure, (axis, *_) = drawing.canvas(1, 1, row_height=3.6)
     for (name, values), loss in zip(brakes.items(), ("dpo", "off_rl", "fpa")):
-        said = f"{name}, β = {beta:g}" if name == "DPO" else name
+        said = f"{name}, β = {BETA:g}" if name == "DPO" else name
         axis.plot(list(found), [value / values[0] for value in values], color=drawing.colour_of(loss), label=said)
     axis.set(xlabel=f"training step of {label(run.method)}", ylabel="brake, as a share of its start", ylim=(0, 1.05))
     axis.legend()

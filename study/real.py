@@ -209,7 +209,8 @@ def listing(folder):
 
 def run(argv=None):
     """The command: list, or sample, train and gather."""
-    run_names(argv, "python -m study.real", __doc__.splitlines()[0], "cases", CASES, run_case, listing, "results/smollm2")
+    words = {"to": "results/smollm2", "at_once": "runs at once; 0: one"}
+    run_names(argv, "python -m study.real", __doc__.splitlines()[0], "cases", CASES, run_case, listing, **words)
 
 
 if __name__ == "__main__":

@@ -90,23 +90,18 @@ def check_version(folder, config):
         raise VersionError(f"{folder} was written by another version: format {config.get('format')}, not {FORMAT}")
 
 
-def check(run):
-    """Whether a run is unfinished. Raises an error where its config or log lacks something or holds another kind of value."""
-    if missing := {"loss", "seed", "prompts", "rollouts", "lr"} - run.config.keys() | NEEDED - run.log.keys():
-        raise ValueError(f"no {', '.join(sorted(missing))}")
-    if words := [name for name, values in run.log.items() if values.dtype.kind != "f"]:
-        raise ValueError(f"{words[0]} is not a number")
-    hash((run.method, label(run.method), describe(run.config), order(run)[-1] + 0, int(run.log["step"][-1])))
-    return run.log["step"][-1] < run.config["steps"]
-
-
 DAMAGE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, csv.Error)
 
 
 def checked(run, what):
     """The run, where it is whole and finished. Raises ValueError that says what is wrong; `what` names the files."""
     try:
-        unfinished = check(run)
+        if missing := {"loss", "seed", "prompts", "rollouts", "lr"} - run.config.keys() | NEEDED - run.log.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+        if words := [name for name, values in run.log.items() if values.dtype.kind != "f"]:
+            raise ValueError(f"{words[0]} is not a number")
+        hash((run.method, label(run.method), describe(run.config), order(run)[-1] + 0, int(run.log["step"][-1])))
+        unfinished = run.log["step"][-1] < run.config["steps"]
     except DAMAGE as error:
         raise ValueError(f"{what} is half-written or damaged ({error})") from None
     if unfinished:

@@ -44,14 +44,9 @@ def train_one(args, name, settings):
 # --- the runs
 
 
-def settings_of(flags, seeds, **more):
-    """The settings of some flags and seeds, with what train.py has no flag for."""
-    return [{**settings, **more} for settings in experiments.settings_of(flags, seeds)]
-
-
 def grid(lr):
     """The runs that choose SGD's rate."""
-    return settings_of(experiments.on_grid("--loss fpa --lam 2", lr), experiments.GRID_SEEDS, optimizer="sgd")
+    return experiments.settings_of(experiments.on_grid("--loss fpa --lam 2", lr), experiments.GRID_SEEDS, optimizer="sgd")
 
 
 def best_rate(runs):
@@ -64,11 +59,11 @@ def members(runs):
     cases = {f"SGD, {lr:g}": grid(lr) for lr in RATES}
     if lr := best_rate(runs):
         flags = f"--loss fpa --lam 2 --lr {lr:g}"
-        cases["SGD"] = settings_of(flags, SEEDS, optimizer="sgd")
-        cases["SGD, mean 1"] = settings_of(flags, SEEDS, optimizer="sgd", scale="mean1")
+        cases["SGD"] = experiments.settings_of(flags, SEEDS, optimizer="sgd")
+        cases["SGD, mean 1"] = experiments.settings_of(flags, SEEDS, optimizer="sgd", scale="mean1")
     if flags := experiments.at_best("lambda", runs).get(CASE):
-        cases["AdamW"] = settings_of(flags, SEEDS)
-        cases["AdamW, mean 1"] = settings_of(flags, SEEDS, scale="mean1")
+        cases["AdamW"] = experiments.settings_of(flags, SEEDS)
+        cases["AdamW, mean 1"] = experiments.settings_of(flags, SEEDS, scale="mean1")
     return {case: {identity(settings): settings for settings in some} for case, some in cases.items()}
 
 

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from plumbing.files import digest, locked, printable_path, replacing, write_csv
-from plumbing.flags import check_folder, command, command_line, natural, nearest
+from plumbing.flags import RUNS_AT_ONCE, check_folder, command, command_line, natural, nearest
 from study.results import METHOD, RENAMED, TABLES, by, read_runs, read_table, read_tables, run_folders, table_rows
 
 BASES = Path(__file__).resolve().parents[1] / "results/bases"  # base models of `habit`, of all seeds but the pilot's
@@ -92,7 +92,8 @@ def gather(runs_folder, folder, experiments):
             append(folder / f"{table}.csv", {run: path for run, path in lacking.items() if path.exists()})
         rows |= {run: {"id": run, "experiments": "", **flat(made.config)} for run, made in new.items()}
         for run, row in rows.items():
-            row["experiments"] = " ".join(name for _, name in names.get(run, ())) or row["experiments"]
+            others = [name for name in row["experiments"].split() if name not in experiments]
+            row["experiments"] = " ".join([*others, *(name for _, name in names.get(run, ()))])
         ordered = in_order(list(rows.values())) if rows else []
         if ordered != table_rows(folder / "runs.csv"):
             write_table(folder / "runs.csv", ordered)
@@ -124,7 +125,7 @@ def copy_stages(source, out):
 # --- the command
 
 
-def run_names(argv, program, description, what, known, run_one, listing, to="results"):
+def run_names(argv, program, description, what, known, run_one, listing, to="results", at_once=RUNS_AT_ONCE):
     """The command of experiments, tune, scale and real: it runs what is named, or lists it. A wrong name is one line.
 
     run_one(name, args) runs one, and listing(folder) is the text of the list; args holds out, to and jobs.
@@ -134,7 +135,7 @@ def run_names(argv, program, description, what, known, run_one, listing, to="res
     add("names", nargs="*", metavar="NAME", help=f"{what} to run: {', '.join(known)}; without a name, list them")
     add("--out", default="runs", type=printable_path, metavar="FOLDER", help="folder that the runs are trained in")
     add("--to", default=to, type=printable_path, metavar="FOLDER", help="folder of the tables that hold the runs")
-    add("--jobs", default=0, type=natural, metavar="N", help="runs at once, a thread each; 0: one a CPU thread, one on a GPU")
+    add("--jobs", default=0, type=natural, metavar="N", help=at_once)
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in known:

@@ -147,7 +147,7 @@ def runs_of(name, settings, *seeds):
     return train.run_settings(flags_of(name, settings, *seeds))
 
 
-def final(run):
+def score_of(run):
     """A run's score."""
     return float(run.log["accuracy_0.7"][-1])
 
@@ -158,7 +158,7 @@ def scores(name, runs):
     def score(settings, seed):
         (config,) = runs_of(name, settings, seed).values()
         run = runs.get(identity(config))
-        return None if run is None else final(run)
+        return None if run is None else score_of(run)
 
     return score
 

@@ -486,6 +486,8 @@ SPELLINGS = [  # what somebody types first, and what the one line of the answer 
     ("--seed 0,1", "write 0 1"),
     ("--lr 1e-3,1e-4", "write 1e-3 1e-4"),
     ("--steps 1e3", "write 1000"),
+    ("--steps 1,000", "write 1000"),
+    ("--prompts 4,096", "write 4096"),
     ("--target both,incorrect", "write both incorrect"),
     ("--explain grpo", "off_rl, fpa"),
     ("--explain fpa --loss dpo", "leave --loss out"),
@@ -502,6 +504,12 @@ def test_a_wrong_spelling_gets_the_one_that_works(words, hint, tmp_path, capsys,
     assert code == 2 and hint.replace("OUT", str(tmp_path / "out")) in error and error.count("\n") == 1
     if "try: " in error:
         train.parse_args(error.strip().split("try: python train.py ")[1].split())  # it works
+
+
+def test_the_command_that_works_can_be_pasted():
+    parser = flags.command_line("", prog="train.py")
+    parser.parse_known_args(["--out", "my runs", "--lam", "0"])
+    assert parser.typed("--lam", 2) == "python train.py --out 'my runs' --lam 2"
 
 
 @pytest.mark.parametrize("words", ["--lam=-1", "--jobs -1", "--lr 1e9", "--steps 1e300", "--seed 5-2", "--lr 1,x", "extra"])

@@ -95,7 +95,7 @@ def test_the_door_and_the_command_print_the_same_screen(out):
         for words in (["train.py", "--explain", "DPO"], ["-m", "study.explain", "DPO"])
     )
     assert door.returncode == command.returncode == 0 and door.stdout[-500:] == command.stdout[-500:]
-    assert "--explain takes one --lam: 2\n" in door.stdout and "λ = 2." in door.stdout
+    assert "--explain shows the first --lam alone: 2\n" in door.stdout and "λ = 2." in door.stdout
 
 
 def test_marks_are_shares_of_the_largest_change():

@@ -11,7 +11,7 @@ from test_train import TINY, read_log, refusal
 
 import train
 from losses import objective
-from plumbing.files import UserError
+from plumbing.files import UserError, locked
 from study import leaderboard, lesson
 from study.results import Run, fpa_runs, where
 
@@ -100,6 +100,11 @@ def test_a_brake_is_trained_over_seeds_and_reused(tmp_path, capsys):
     leaderboard.run(words)
     again = capsys.readouterr().out
     assert "step" not in again.replace("step 10 ", "") and again.splitlines()[-3:] == printed.splitlines()[-3:]
+    mine = next((tmp_path / "runs").glob("same*seed1-*"))
+    (mine / "log.csv").unlink()
+    with locked(tmp_path / "runs" / "cache" / f"{mine.name}.lock", mine):
+        code, said = refusal(leaderboard.run, words, capsys)
+    assert code == 2 and "is being worked on by process" in said
     (tmp_path / "same.py").write_text("def brake(pi, pi_ref):\n    return pi / 2\n")
     leaderboard.run([*words[:-4], "--seed", "0", "--out", str(tmp_path / "runs")])
     assert len(list((tmp_path / "runs").glob("same-seed0-*"))) == 2  # another text is another run

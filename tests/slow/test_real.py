@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +104,12 @@ def test_a_forecast_is_measured_against_the_later_policy(small):
     stated = re.search(r"\| `forecast` \| 0.001 \| 10 \| 2 \| (\S+), .* \| (\S+), ", text).groups()
     assert [float(x) for x in stated] == pytest.approx(np.exp(np.log(ratios).mean(0)), rel=0.01)
     assert text.count("| `forecast` |") == 1 and "| `slow_forecast` | 0.002 | 10 | 0 | not run |" in text
+
+
+def test_a_forecast_without_problems_is_one_line(tmp_path):
+    words = ["-m", "study.forecast", "--init", "x", "--data", "y", "--out", str(tmp_path / "runs")]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and "--eval-problems: needed" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_single_tokens_are_on_the_page(small):

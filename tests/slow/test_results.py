@@ -104,6 +104,14 @@ def test_a_gathered_folder_gives_the_same_runs(tmp_path):
     assert {row["machine"] for row in rows} == {'x "86", fast'} and "environment.cpu" not in rows[0]
 
 
+def test_a_run_keeps_the_names_of_experiments_that_are_not_gathered(tmp_path):
+    names = some_runs(tmp_path / "runs")
+    tables.gather(tmp_path / "runs", tmp_path / "tables", names)
+    tables.gather(tmp_path / "runs", tmp_path / "tables", {"third": names["first"]})
+    rows = results.read_rows(tmp_path / "tables" / "runs.csv")
+    assert [row["experiments"] for row in rows] == ["first second third"] * 3 + ["second"] * 3
+
+
 def test_gathering_adds_and_never_loses(tmp_path, capsys):
     folder, names = tmp_path / "tables", some_runs(tmp_path / "all")
     first = {"first": names["first"]}

@@ -49,7 +49,7 @@ def test_adamw_divides_a_constant_scale_out():
     assert not torch.allclose(plain, scaled, atol=1e-2)
 
 
-def test_topr_brakes_at_a_tenth_of_fpas_distance():
+def test_topr_brakes_at_a_seventeenth_of_powers_distance():
     length = torch.tensor([52.0])
 
     def weight(loss, logratio):
@@ -82,7 +82,7 @@ def test_the_runs_go_from_the_grid_to_the_cases_and_into_the_tables(tmp_path, mo
     finals = {run.log["pi_correct"][-1] for run in runs if run.config["seed"] == 3000}
     assert len(finals) == 4  # four different policies
     held = tables.held(tmp_path / "tables")[0]
-    by_rate = {lr: sum(tune.final(held[tables.identity(settings)]) for settings in scale.grid(lr)) for lr in (0.01, 0.1)}
+    by_rate = {lr: sum(tune.score_of(held[tables.identity(settings)]) for settings in scale.grid(lr)) for lr in (0.01, 0.1)}
     assert scale.best_rate(held) == max(by_rate, key=by_rate.get) and scale.best_rate({}) is None
     capsys.readouterr()
     scale.run(["all", *where])
