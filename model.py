@@ -93,14 +93,19 @@ def attend(q, k, v):
     B, H, T, head_dim = q.shape
     K, S = k.shape[1:3]
     if q.device.type != "cpu" or (S > SHORT and T > 1):
-        # is_causal would let the first query see the first key only
-        mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
+        return fused(q, k, v)
     mask = torch.full((T, S), -torch.inf, dtype=q.dtype).triu(1 + S - T).repeat(H // K, 1)  # (H/K T, S)
     q = q.reshape(B * K, H // K * T, head_dim)  # the queries of a group one after the other, beside their keys
     k, v = k.reshape(B * K, S, head_dim), v.reshape(B * K, S, head_dim)
     weights = torch.baddbmm(mask, q, k.mT, alpha=head_dim**-0.5).softmax(-1)  # (B K, H/K T, S)
     return (weights @ v).view(B, H, T, head_dim)
+
+
+def fused(q, k, v):
+    """`attend` by torch's kernel. Of fewer queries than keys its is_causal would let the first see the first key only."""
+    T, S = q.shape[2], k.shape[2]
+    mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)
 
 
 def shared_prefix(tokens, most):

@@ -1,6 +1,7 @@
 """The rules of the house (docs/contributing.md): who may import whom, no circle, and the lengths that a reader was promised."""
 
 import ast
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_nothing_imports_train_but_study():
 
 def test_matplotlib_is_loaded_after_training_and_never_by_full_scale():
     drawing = {name for name in NAMES if "matplotlib" in outside(name)}
-    assert drawing and all(name == "plots" or name.startswith("study.") for name in drawing)
+    assert drawing == {"plots", "study.drawing", "study.figures"}
     for name in ("train", *(name for name in NAMES if name.startswith("full_scale"))):
         assert not drawing & reached(name, everything=name != "train"), name
 
@@ -88,6 +89,7 @@ LENGTHS = {"train.py": 300, "losses.py": 430, "model.py": 260, "study/bench.py":
 def test_files_and_functions_can_be_read_in_one_sitting(path):
     text = path.read_text()
     assert text.count("\n") <= LENGTHS.get(str(path.relative_to(ROOT)), 480)
+    assert all(sum(not unicodedata.combining(letter) for letter in line) <= 128 for line in text.splitlines())
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name

@@ -248,6 +248,12 @@ def test_power_is_fpa_without_the_normalisation_over_the_vocabulary(lam):
     torch.testing.assert_close(got, (expected * (log_z / length).exp()).to(got.dtype), rtol=1e-4, atol=0)
 
 
+def test_powers_weight_is_at_most_one():
+    logp_sum, logratio, length = torch.tensor([-2 * LN2, -2 * LN2]), torch.tensor([10.0, -LN2]), torch.tensor([2.0, 2.0])
+    coefficient = losses.power(logp_sum, logratio, length, torch.tensor([1.0, -1.0]), lam=2.0)[1]
+    assert (coefficient * length).tolist() == pytest.approx([1.0, 1 / 4])
+
+
 def test_asymre_at_shift_zero_is_centred_and_a_shift_favours_correct_rows():
     batch = batch_of(random_logp_sum(), length=torch.ones(12, dtype=torch.float64))
     signed = [(batch.reward * LOSSES["asymre"](batch, run_of("asymre", shift=shift))[1]).sum() for shift in (0.0, 0.1)]
@@ -470,7 +476,7 @@ def test_one_step_moves_the_way_the_sign_says(name):
 def test_finite_at_extreme_log_probabilities(name, scale):
     for present in (-scale, 0.0):
         for future in (-scale, 0.0):
-            for lam in (0.0, *([2.0] if name in WITH_FPA_FORM else [])):
+            for lam in (0.0, *([2.0] if name in WITH_FPA_FORM or "lam" in LOSSES[name].defaults else [])):
                 leaf = torch.full((12,), present, requires_grad=True)
                 batch = changed(batch_of(leaf, scale=scale), future_logp_sum=torch.full((12,), future))
                 loss, coefficient = objective(batch, run_of(name, lam=lam))

@@ -128,6 +128,30 @@ def tiny_world(finished, tmp_path):
     return stages.prepare(train.parse_args([*TINY, "--out", str(tmp_path)]), 0, 24)
 
 
+@pytest.mark.parametrize("loss", ["off_rl", "fpa"])
+def test_the_loop_is_a_plain_one_over_the_copyable_losses(loss, finished, tmp_path):
+    """--loss fpa against fpa_loss on logits of whole sequences, step after step."""
+    world, (folder,) = tiny_world(finished, tmp_path), folders(finished[0], loss)
+    data, model = world.rollouts, stages.GPT(stages.CONFIG)
+    model.load_state_dict(world.base.state_dict())
+    mask = torch.cat([torch.zeros(len(data), data.start, dtype=torch.bool), data.mask], dim=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    for rows in batches.batch_order(data.reward, 10, 8, 0):
+        logits, tokens, scored, reward = model(data.inputs[rows]), data.inputs[rows], mask[rows], data.reward[rows]
+        with torch.no_grad():
+            ref_logits = world.base(tokens)
+        plain = losses.off_rl_loss(logits, tokens, scored, reward)
+        value = losses.fpa_loss(logits, ref_logits, tokens, scored, reward, lam=2.0) if loss == "fpa" else plain
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    trained, base = load_file(folder / "model.safetensors"), world.base.state_dict()
+    moved = max((trained[name] - base[name]).abs().max().item() for name in trained)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, trained[name], rtol=0, atol=0.02 * moved)
+
+
 def test_percentiles_are_those_of_the_monitored_rows(finished, tmp_path):
     world, (folder,) = tiny_world(finished, tmp_path), folders(finished[0], "fpa")
     data, model = world.rollouts, stages.GPT(stages.CONFIG)
@@ -454,7 +478,8 @@ BAD_FLAGS = [
     ("--lr", "--lr"),
     ("--lr 1e-3 fast", "--lr"),
     ("--schedule cosine", "--schedule"),
-    ("--weight -1", "--weight"),
+    ("--loss constant --weight -1", "--weight"),
+    ("--loss rpo --alpha -1", "--alpha"),
     ("--loss rpo --alpha nan", "--alpha"),
     ("--explain sft", "--explain"),
     ("--explain dpo --alpha 2", "--alpha"),
@@ -504,6 +529,12 @@ def test_a_wrong_spelling_gets_the_one_that_works(words, hint, tmp_path, capsys,
     assert code == 2 and hint.replace("OUT", str(tmp_path / "out")) in error and error.count("\n") == 1
     if "try: " in error:
         train.parse_args(error.strip().split("try: python train.py ")[1].split())  # it works
+
+
+def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):
+    assert train.parse_args([*TINY[:-2]]).device == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train.parse_args([*TINY[:-2]]).device == "cuda" and train.parse_args(TINY).device == "cpu"
 
 
 def test_the_command_that_works_can_be_pasted():

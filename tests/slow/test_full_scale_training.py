@@ -28,7 +28,9 @@ import full_scale.load_hf
 import full_scale.rollouts
 import full_scale.store
 import full_scale.train
+from full_scale.data import read_data
 from full_scale.load_hf import load_pretrained, save_pretrained
+from full_scale.prompts import ChatTokenizer
 from full_scale.rollouts import read_problems
 from full_scale.verdict import is_correct
 from losses import LOSSES, token_logps
@@ -89,6 +91,7 @@ def test_from_problems_to_rollouts_to_training_to_evaluation(taught, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     assert len(rows) == 32
+    assert json.loads((tmp_path / "rollouts.jsonl.json").read_text())["temperature"] == 1  # training's reference sampled them
     assert {row["label"] for row in rows} == {True, False}
     gold = [answer for _, answer in read_problems(problems)]
     assert all(row["label"] == is_correct(gold[row["problem_id"]], row["completion"]) for row in rows)
@@ -101,6 +104,7 @@ def test_from_problems_to_rollouts_to_training_to_evaluation(taught, tmp_path):
     done = sample(trained, problems, tmp_path / "answers.jsonl", module="evaluate")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert json.loads((tmp_path / "answers.jsonl.json").read_text())["temperature"] == 0.7
     shares = np.array([row["label"] for row in rows]).reshape(8, 8).mean(1)  # the rows come problem by problem
     assert [row["problem_id"] for row in rows] == np.repeat(range(8), 8).tolist()
     mean, error = shares.mean(), shares.std(ddof=1) / 8**0.5
@@ -192,6 +196,35 @@ def test_a_live_reference_is_the_cached_one(checkpoint, alone, tmp_path):
 
 def test_recomputing_activations_changes_nothing(checkpoint, alone, tmp_path):
     assert_logs_agree(train(checkpoint, tmp_path, "--no-recompute"), alone[1], rtol=1e-5)
+
+
+def test_the_last_row_of_the_log_is_that_of_the_two_checkpoints(checkpoint, alone):
+    """Log-ratio, π̄ and future π̄ from transformers' logits, by the formulas."""
+    tokenizer = ChatTokenizer(checkpoint)
+    words = ["--init", str(checkpoint), "--data", str(ROLLOUTS)]
+    data = read_data(full_scale.train.parse_args(words), tokenizer)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    models = [load(folder, dtype=torch.float32) for folder in (next(alone[0].glob("*/model")), checkpoint)]
+    measured = []
+    for ids, start in zip(data.tokens, data.prompt_length.tolist()):
+        with torch.no_grad():
+            logits, ref_logits = (model(ids[None]).logits[0, start - 1 : -1] for model in models)
+        policies = logits, ref_logits, 3 * logits - 2 * ref_logits  # λ = 2
+        present, ref, future = (h.log_softmax(-1).gather(1, ids[start:, None]).sum() for h in policies)
+        measured.append([present - ref, (present / len(ids[start:])).exp(), (future / len(ids[start:])).exp()])
+    measured, last = torch.tensor(measured), alone[1][-1]
+    for kind, members in {"correct": data.reward > 0, "incorrect": data.reward < 0}.items():
+        assert 0 < members.sum() <= full_scale.train.MONITORED  # so that all of them are monitored
+        expected = measured[members].mean(0).tolist()
+        assert [last[f"{name}_{kind}"] for name in ("logratio", "pi", "pihat")] == pytest.approx(expected, rel=1e-3)
+        assert abs(expected[0]) > 0.01 and abs(expected[1] / expected[2] - 1) > 0.01
+
+
+def test_the_precision_and_the_rate_by_default(monkeypatch):
+    words = ["--init", "x", "--data", "y"]
+    assert full_scale.train.parse_args(words).precision == "fp32" and full_scale.train.parse_args(words).lr == [1e-6]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert full_scale.train.parse_args(words).precision == "bf16"
 
 
 def test_micro_batches_add_up(checkpoint, alone, tmp_path):
@@ -597,4 +630,4 @@ def test_a_bad_command_is_one_line(flags, message, checkpoint, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
-    assert not list(tmp_path.glob("*/log.csv"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -15,6 +15,7 @@ from test_train import TINY, command, edit_cache, folders, read_log, run_with_ca
 
 import train
 from losses import LOSSES
+from plumbing import log
 from study import results
 from toy_math import rollouts, stages
 from toy_math.problems import Verdict, read_problem
@@ -80,6 +81,20 @@ def test_grpo_samples_what_it_trains_on(finished, tmp_path):
     assert float(rows[0]["seconds"]) < 0.01 < float(offline[0]["seconds"])  # the latter took rollouts before its first step
     dapo = read_log(run_with_cache(finished, tmp_path / "dapo", *words, "--dapo")[0])
     assert int(dapo[4]["tokens_trained"]) < int(dapo[4]["tokens_sampled"])  # some group had one reward only
+
+
+def test_seconds_leave_out_evaluations(tmp_path):
+    def measure(step, model):
+        time.sleep(0.3)
+        return {}
+
+    kept = log.Log(tmp_path, measure, 2, 1, log.Steps(""), seconds=5.0)
+    for step in range(3):
+        kept.look(step, None)
+    assert [row["seconds"] for row in kept.rows] == pytest.approx([5.0] * 3, abs=0.15)
+    again = log.Log(tmp_path, measure, 2, 1, log.Steps(""))
+    again.restore(kept.state())
+    assert again.spent() == pytest.approx(5.0, abs=0.15)
 
 
 def test_coefficients_are_averaged_over_the_steps_that_have_them(finished, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from losses import LOSSES
-from study import experiments, real, results, rule, tune, verdicts
+from study import experiments, real, results, rule, scale, tune, verdicts
 from study.rule import Claim, Measured
 
 PAGE = Path("docs/protocol.md").read_text()
@@ -202,7 +202,8 @@ def test_names_of_cases_are_those_of_the_experiments(monkeypatch):
     monkeypatch.setattr(tune, "search", lambda name, score: tune.Search([], [], {}, {"lr": 1e-4}, 0.5))
     monkeypatch.setattr(experiments, "best_rate", lambda grid, runs: min(grid))
     known = {(name, case) for name, (cases, _) in experiments.EXPERIMENTS.items() for case in cases({})}
-    assert {key for key in asked if key[0] != "scale"} <= known
+    known |= {("scale", case) for case in scale.members({})}
+    assert {"final", "scale"} <= {name for name, _ in asked} and asked <= known
     assert len(LOSSES) - 1 <= len(tune.FAMILIES)
 
 
