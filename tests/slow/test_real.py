@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_docs import table
 from test_full_scale import write
 from test_full_scale_training import taught  # noqa: F401 (a fixture)
 from test_model import make
@@ -164,7 +165,8 @@ def test_results_are_those_of_the_tables_and_of_the_program_in_the_docs(capsys):
     assert len(printed) == 3 and all(f"p {float(p):.2g}," in text for p in printed)
 
 
-LABELS = {"off_rl": "Off-RL", "fpa": "FPA", "power": "`power`", "topr": "TOPR"}  # the lower the ratio, the higher the accuracy
+LABELS = {"before training": "before training", "`dpo`": "DPO", "`off_rl`": "Off-RL", "`fpa`": "FPA", "`power`": "`power`"}
+LABELS |= {"`fpa_incorrect`": "FPA, incorrect only", "`sft`": "SFT", "`topr`": "TOPR"}
 
 
 def test_the_texts_state_its_numbers():
@@ -173,27 +175,32 @@ def test_the_texts_state_its_numbers():
     section = page.split("## Does the method hold on a published model?")[1].split("\n## ")[0]
     bullet = readme.split("- [A published model]")[1].split("\n- ")[0]
     numbers, prose = re.findall(r"-?\d+\.\d+ ± \d+\.\d+", section), " ".join(section.split())
-    assert len(numbers) == 14 and all(number in text for number in numbers), numbers
+    assert len(numbers) == 37 and all(number in text for number in numbers), numbers
     for claim, verdict in re.findall(r"(R\d[ab]?) is\s+(?:\w+\s+)?(undecided|supported|contradicted)", section):
         assert re.search(rf"^\| {claim}: .*\*\*{verdict}\*\*", text, flags=re.M), claim
     assert "5.92, 3.29 to 10.7 (claim: < 1)" in text and "is 5.92, and the interval goes from 3.29 to 10.7." in prose
-    assert section.count("undecided") == 2 and bullet.count("undecided") == 1
+    assert section.count("undecided") == 3 and bullet.count("undecided") == 1
     assert re.search(r"R1b: .* \| 0\.15 \| \*\*undecided", text) and "claims p is 0.15, so" in prose
     cases = real.study(Path("results/smollm2"))
     logs = {name: [run.log for run in cases[name].values()] for name in cases}
-    long = len(logs["long_off_rl"] + logs["long_fpa"])
-    assert f"{['None', 'One', 'Two', 'Three', 'Four', 'Five'][long]} of the six long runs" in prose
-    table = [[cell.split()[0].strip(",") for cell in row.split(" | ")[4:]] for row in text.splitlines()[-3:-1]]
-    (near, far, straight), (slow_near, slow_far, slow_straight) = table
+    assert (not logs["kto"]) == ("KTO is not run yet" in prose)
+    accuracies, sums = [], text.split("## Sums and differences")[0]
+    shown = table(Path("docs/findings.md"), "| seeds | T = 0.7")
+    for (name, label), (said, seeds, *cells) in zip(LABELS.items(), shown, strict=True):
+        (row,) = (line.split(" | ") for line in sums.splitlines() if line.startswith(f"| {name} |"))
+        assert (said, seeds, *cells[:3]) == (label, row[1], row[2], row[4], row[5])
+        accuracies.append(float(row[2].split()[0]))
+        if name != "before training":
+            ratios = [log["coefficient_incorrect"][1] / log["coefficient_correct"][1] for log in logs[name.strip("`")]]
+            assert cells[3] == f"{statistics.mean(ratios):.2f}"
+    assert sorted(accuracies[1:]) == accuracies[1:] and len(accuracies) == len(LABELS)
+    forecasts = [[cell.split()[0].strip(",") for cell in row.split(" | ")[4:]] for row in text.splitlines()[-3:-1]]
+    (near, far, straight), (slow_near, slow_far, slow_straight) = forecasts
     assert {round(96 * log["accuracy_0.7"][-1]) for log in logs["fpa"]} == {62} and "62 of 96 answers" in prose
 
     def mean(name, value):
         return statistics.mean(map(value, logs[name]))
 
-    ratio = {name: mean(name, lambda log: log["coefficient_incorrect"][1] / log["coefficient_correct"][1]) for name in LABELS}
-    words = [f"{ratio[name]:.2f} under {label}" for name, label in LABELS.items()]
-    assert "over the first 20 steps is {}, {}, {} and {}.".format(*words) in prose, words
-    assert sorted(ratio, key=ratio.get, reverse=True) == list(LABELS)
     first, last = (mean("fpa", lambda log: log["coefficient_correct"][i]) for i in (1, 2))
     other = mean("off_rl", lambda log: log["coefficient_correct"][2])
     assert f"{first:.2f} over the first 20 steps and {last:.2f} over the last 20. Off-RL's is {other:.2f} over" in prose
