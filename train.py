@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from losses import HYPERPARAMETERS, LOSSES, future_lam, future_logits, objective, token_logps
 from plumbing import flags, jobs
 from plumbing.batches import batch_order, draw_order, seeded
-from plumbing.files import UserError, digest, locked, remove_leftovers, write_tensors, write_text
+from plumbing.files import UserError, digest, locked_runs, remove_leftovers, write_tensors, write_text
 from plumbing.keeper import Keeper, OneFile, Random, adamw, begin
 from plumbing.log import PERCENTILES, Log, Steps, environment, step_numbers
 from study.results import is_finished, read_runs, summary
@@ -196,8 +196,7 @@ def main(args, runs=None):
     Raises UserError, NonFiniteError, Interrupted.
     """
     began = time.time()
-    cache = args.out / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
+    (args.out / "cache").mkdir(parents=True, exist_ok=True)
     remove_leftovers(args.out)
     runs = run_settings(args) if runs is None else runs
     finished = [name for name in runs if is_finished(args.out / name, args.diagnostics) and not args.force]
@@ -206,9 +205,7 @@ def main(args, runs=None):
     todo = {name: settings for name, settings in runs.items() if name not in finished}
     # of all runs, finished ones too, so that a resumed command gives each run as many threads as before
     count = min(args.jobs or (torch.get_num_threads() if args.device == "cpu" else 1), len(runs))
-    with contextlib.ExitStack() as locks:
-        for name in todo:
-            locks.enter_context(locked(cache / f"{name}.lock", args.out / name))
+    with locked_runs(args.out, todo):
         if count > 1 and todo:
             stages = {f"seed {seed}": (args, seed, todo) for seed in dict.fromkeys(s["seed"] for s in todo.values())}
             runs_of = {args.out / name: (f"seed {s['seed']}", (args, name, s)) for name, s in todo.items()}

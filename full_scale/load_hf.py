@@ -21,7 +21,17 @@ from plumbing.flags import answer_length, command, command_line
 from . import gguf_file
 from .chunked import CHUNK
 from .prompts import ChatTokenizer
-from .published import ADAPTER, COMPANIONS, INDEX, TEMPLATES, empty_model, fetch, gpt_config, parameter_count
+from .published import (
+    ADAPTER,
+    COMPANIONS,
+    INDEX,
+    TEMPLATES,
+    architecture_of,
+    empty_model,
+    fetch,
+    gpt_config,
+    parameter_count,
+)
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -223,10 +233,8 @@ def training_gib(config, parameters, gpus, precision, tokens=5120):
 def describe(name, folder, model):
     """The lines of `python -m full_scale.load_hf` before the sample."""
     c, parameters = model.config, parameter_count(model)
-    architectures = read_json(folder / "config.json")["architectures"]
-    architecture = architectures if isinstance(architectures, str) else architectures[0]
     lines = [
-        f"{name}: {architecture}, {parameters / 1e9:.2f} billion parameters",
+        f"{name}: {architecture_of(read_json(folder / 'config.json'))}, {parameters / 1e9:.2f} billion parameters",
         f"  folder       {folder}",
         f"  shape        {c.n_layers} layers, width {c.d_model}, {c.n_heads} heads of {c.head_dim}, {c.n_kv_heads} key/value "
         f"heads, feed-forward {c.d_ff}, vocabulary {c.vocab_size}",

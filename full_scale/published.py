@@ -106,11 +106,16 @@ def without_links_out(folder):
 # --- config.json
 
 
+def architecture_of(raw):
+    """The first of config.json's architectures, which may be a text alone; "none" where there is none."""
+    found = raw.get("architectures") or ["none"]
+    return found[0] if isinstance(found, list) else found
+
+
 def read_config(folder):
     """transformers' config of a folder. Raises UserError where it is none of an architecture that model.py computes."""
     path, raw = gguf_file.named(folder), read_json(folder / "config.json")
-    architecture = raw.get("architectures") or ["none"]
-    architecture = architecture[0] if isinstance(architecture, list) else architecture
+    architecture = architecture_of(raw)
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise UserError(f"{path}: architecture {shown(architecture)} is not supported, only {', '.join(ARCHITECTURES)}")
     if raw.get("model_type") != ARCHITECTURES[architecture]:  # which transformers goes by

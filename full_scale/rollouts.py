@@ -172,15 +172,15 @@ def vllm_sampler(args, asked, folder, date):
 
     def sample(prompts, counts, seed):
         most = max(counts)  # vLLM gives a prompt's samples the seeds from its own one on, so the prompts' lie apart
-        alike = [wanted if args.temperature == 0 else 1 for wanted in counts]  # vLLM takes one greedy sample alone
+        greedy = args.temperature == 0  # vLLM takes one such sample alone
         asked = [
-            SamplingParams(n=wanted // same, temperature=args.temperature, max_tokens=args.max_tokens, seed=seed + i * most,
-                           stop=texts, stop_token_ids=sorted(tokenizer.stops), skip_special_tokens=False)
-            for i, (wanted, same) in enumerate(zip(counts, alike))
+            SamplingParams(n=1 if greedy else wanted, temperature=args.temperature, max_tokens=args.max_tokens,
+                           seed=seed + i * most, stop=texts, stop_token_ids=sorted(tokenizer.stops), skip_special_tokens=False)
+            for i, wanted in enumerate(counts)
         ]  # fmt: skip
         outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked)
         answers = [[list(sampled.token_ids) for sampled in output.outputs] for output in outputs]
-        return [some * same for some, same in zip(answers, alike)]
+        return [some * wanted if greedy else some for some, wanted in zip(answers, counts)]
 
     return sample, tokenizer, texts
 

@@ -12,7 +12,6 @@ losses that sample at every step, and packing of several rows into one sequence.
 
 import argparse
 import collections
-import contextlib
 import gc
 import itertools
 import math
@@ -34,7 +33,7 @@ from plumbing.files import (
     NonFiniteError,
     UserError,
     digest,
-    locked,
+    locked_runs,
     one_line,
     printable_path,
     read_json,
@@ -198,9 +197,7 @@ def train(args, mesh):
     todo = {name: SimpleNamespace(**settings) for name, settings in runs.items() if name not in finished}
     for run in todo.values():
         rows_of(run, data)  # which refuses what has no pairs, before anything is trained
-    with contextlib.ExitStack() as locks:
-        for name in todo if is_first() else ():
-            locks.enter_context(locked(args.out / "cache" / f"{name}.lock", args.out / name))
+    with locked_runs(args.out, todo if is_first() else ()):
         train_all(args, todo, data, folder, exam, mesh)
 
 
@@ -308,14 +305,7 @@ def add_flags(parser):
     add("--warmup", default=10, type=natural, metavar="N", help="steps of linear warm-up, before a cosine to 0")
     add("--batch-size", default=64, type=count, metavar="N", help="rows a step over all GPUs, half of them correct")
     add("--micro-batch", default=2, type=count, metavar="N", help="rows that a GPU takes at once; gradients accumulate")
-    add(
-        "--seed",
-        nargs="+",
-        default=[0],
-        type=natural,
-        metavar="N",
-        help="of the rows' order and of evaluations",
-    )
+    add("--seed", nargs="+", default=[0], type=natural, metavar="N", help="of the rows' order and of evaluations")
     add("--skip-nonfinite", default=0, type=natural, metavar="N", help="leave out the updates of at most N steps whose loss or "
         "gradient is not finite; one more stops the run")  # fmt: skip
     add = parser.add_argument_group("evaluation").add_argument

@@ -190,6 +190,15 @@ def locked(path, what, wait=False):
                 os.unlink(path)
 
 
+@contextlib.contextmanager
+def locked_runs(out, names):
+    """Hold the locks of runs below a folder. Raises UserError where another process holds one."""
+    with contextlib.ExitStack() as locks:
+        for name in names:
+            locks.enter_context(locked(out / "cache" / f"{name}.lock", out / name))
+        yield
+
+
 # --- JSON from others
 
 

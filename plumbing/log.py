@@ -157,9 +157,8 @@ class Log:
 
     def state(self):
         """A part of a checkpoint (keeper.py)."""
-        observed = self.observer.state() if self.observer else {}
-        log = {"rows": self.rows, "counts": self.counts, "seconds": self.spent(), "steps": self.steps.state()}
-        return log | {"observer": observed}
+        return {"rows": self.rows, "counts": self.counts, "seconds": self.spent(), "steps": self.steps.state(),
+                "observer": self.observer.state() if self.observer else {}}  # fmt: skip
 
     def restore(self, state):
         self.rows, self.counts, self.seconds = state["rows"], state["counts"], state["seconds"]

@@ -501,28 +501,28 @@ def machine():
 
 NOTES = {
     "Roofline": """Operations of a step = 3 (2 Σ m·k·n + 4 · layers · B · T² · D). Every linear layer multiplies (m, k) by
-(k, n), where m is B · T tokens, for the head the completion's; attention has two products of T² · D a sequence; backward
-costs twice forward. "Of own sizes" is the step's rate over the rate of just these (m, k, n), forward and backward; large is
-2,048³. All in float32.""",
-    "Overhead of FPA": """A step on 32 pairs with the reference logits cached. Memory: the peak of a process that imports,
-holds 8,192 rollouts and trains three steps, median of three; Off-RL's goes without the reference logits (which `train.py` loads
-for either loss), FPA's holds V floats for every completion token, whatever the size of the model.""",
-    "Peers": """Same random weights, tokens and optimizer (fused AdamW), float32. transformers has the better of its sdpa
-and eager attention, and of all prompts at once and the split that we sample in. TRL's step is DPOTrainer's own with
-precomputed reference log-probabilities, batch collation and its metrics included, ours a whole FPA step, both on 32 pairs.
-Above 1, ours is faster.""",
-    "Ideas": """Time without the idea over time with it; of those not taken, time with it over time without. "Sampling" is
-an evaluation's.""",
+(k, n), and m is B · T tokens. For the head m counts the completion's tokens alone. Attention has two products of T² · D a
+sequence. Backward costs twice forward. "Of own sizes" is the step's rate over the rate of just these (m, k, n), forward and
+backward. Large is 2,048³. All is float32.""",
+    "Overhead of FPA": """A step takes 32 pairs, and the reference logits are cached. Memory is the peak of a process that
+imports, holds 8,192 rollouts and trains three steps, the median of three. Off-RL's process goes without the reference logits,
+which `train.py` loads for either loss. FPA's holds V floats for every completion token, whatever the size of the model.""",
+    "Peers": """Both sides have the same random weights, tokens and optimizer (fused AdamW), in float32. transformers has
+the better of its sdpa and eager attention, and of all prompts at once and the split that we sample in. TRL's step is
+DPOTrainer's own with precomputed reference log-probabilities, its batch collation and metrics included. Ours is a whole FPA
+step. Both take 32 pairs. Above 1, ours is faster.""",
+    "Ideas": """A ratio is the time without the idea over the time with it. Of an idea that was not taken, it is the time with
+it over the time without. "Sampling" is an evaluation's.""",
     "Growth": """Median times of a step; the exponent is that of a power law through the points, 1 being linear.""",
     "Time to result": """`python train.py`, then `--loss fpa --lam 3` with what the first has cached; once each.""",
-    "Sweeps": """One λ a run, 300 steps, caches in place, start-up and figures included; once each. Several runs go side by
-side in processes of one thread; one run, and runs one by one, have all threads.""",
-    "Full scale": """Log-probabilities under the present and the future policy, forward and backward, at a vocabulary of
-151,936 in float32: the peak of a process beyond hidden states, heads and their gradients. Plain holds all positions' logits,
-`full_scale/chunked.py` those of 256. Few-shot: an FPA step in float32 on 16 rows of SmolLM2-135M's shape, with random
-weights. All rows share 386 tokens. Each row has 14 more of its problem and 26 of its answer. A large product is 2,048³. On a
-GPU also 20 FPA steps of `full_scale/train.py` on random checkpoints of real shapes, 512 tokens a row, in bf16. A large product
-is 8,192³ there.""",
+    "Sweeps": """A run has one λ and 300 steps. The caches are in place, and start-up and figures are included. Each is run
+once. Several runs go side by side in processes of one thread. One run, and runs one by one, have all threads.""",
+    "Full scale": """Memory is that of the log-probabilities under the present and the future policy, forward and backward, in
+float32 at a vocabulary of 151,936. It is the peak of a process beyond hidden states, heads and their gradients. Plain holds all
+positions' logits, and `full_scale/chunked.py` those of 256. Few-shot is an FPA step in float32 on 16 rows of SmolLM2-135M's
+shape, with random weights. All rows share 386 tokens. Each row has 14 more of its problem and 26 of its answer. A large product
+is 2,048³. On a GPU there are also 20 FPA steps of `full_scale/train.py` in bf16, on random checkpoints of real shapes, with 512
+tokens a row. A large product is 8,192³ there.""",
 }
 
 

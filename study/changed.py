@@ -7,7 +7,7 @@ import torch
 
 import train
 from plumbing import jobs
-from plumbing.files import locked
+from plumbing.files import locked_runs
 from study.results import is_finished
 
 
@@ -28,9 +28,7 @@ def train_all(args, runs, one):
     if not todo:
         return
     (args.out / "cache").mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as locks:
-        for name in todo:
-            locks.enter_context(locked(args.out / "cache" / f"{name}.lock", args.out / name))
+    with locked_runs(args.out, todo):
         stages = {f"seed {settings['seed']}": (args, settings["seed"], todo) for settings in todo.values()}
         tasks = {args.out / name: (f"seed {s['seed']}", (args, name, s)) for name, s in todo.items()}
         count = min(args.jobs or torch.get_num_threads(), len(tasks))

@@ -184,7 +184,7 @@ def test_the_texts_state_its_numbers():
     cases = real.study(Path("results/smollm2"))
     logs = {name: [run.log for run in cases[name].values()] for name in cases}
     assert (not logs["kto"]) == ("KTO is not run yet" in prose)
-    accuracies, sums = [], text.split("## Sums and differences")[0]
+    accuracies, ratio, sums = [], {}, text.split("## Sums and differences")[0]
     shown = table(Path("docs/findings.md"), "| seeds | T = 0.7")
     for (name, label), (said, seeds, *cells) in zip(LABELS.items(), shown, strict=True):
         (row,) = (line.split(" | ") for line in sums.splitlines() if line.startswith(f"| {name} |"))
@@ -192,8 +192,11 @@ def test_the_texts_state_its_numbers():
         accuracies.append(float(row[2].split()[0]))
         if name != "before training":
             ratios = [log["coefficient_incorrect"][1] / log["coefficient_correct"][1] for log in logs[name.strip("`")]]
-            assert cells[3] == f"{statistics.mean(ratios):.2f}"
+            ratio[label] = statistics.mean(ratios)
+            assert cells[3] == f"{ratio[label]:.2f}"
     assert sorted(accuracies[1:]) == accuracies[1:] and len(accuracies) == len(LABELS)
+    *higher, sft, topr = ratio  # in the order of accuracy, but that the last two are about level
+    assert sorted(ratio, key=ratio.get, reverse=True) == [*higher, topr, sft] and (sft, topr) == ("SFT", "TOPR")
     forecasts = [[cell.split()[0].strip(",") for cell in row.split(" | ")[4:]] for row in text.splitlines()[-3:-1]]
     (near, far, straight), (slow_near, slow_far, slow_straight) = forecasts
     assert {round(96 * log["accuracy_0.7"][-1]) for log in logs["fpa"]} == {62} and "62 of 96 answers" in prose

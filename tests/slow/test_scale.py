@@ -8,6 +8,7 @@ import torch
 from test_train import TINY
 
 from losses import LOSSES, objective
+from plumbing.keeper import adamw
 from study import experiments, results, scale, tables, tune
 
 
@@ -28,7 +29,7 @@ def test_rescaled_weights_have_mean_1_and_the_same_ratios():
     assert torch.allclose(got / got[0], plain / plain[0]) and torch.equal(coefficient, objective(b, run)[1])
 
 
-def steps(make, scales, clip):
+def steps(make, scales):
     """A tiny regression's weights after a few steps, its loss multiplied by each scale."""
     torch.manual_seed(0)
     model, x = torch.nn.Linear(3, 1), torch.randn(8, 3)
@@ -36,13 +37,16 @@ def steps(make, scales, clip):
     for factor in scales:
         optimizer.zero_grad()
         (factor * (model(x) - 1).square().mean()).backward()
-        clip(list(model.parameters()), 1.0)
+        scale.unclipped(list(model.parameters()), 1.0)
         optimizer.step()
     return model.weight.detach()
 
 
-def test_sgd_divides_no_scale_out():
-    plain, scaled = (steps(torch.optim.SGD, [factor] * 20, scale.unclipped) for factor in (1.0, 10.0))
+def test_adamw_divides_a_constant_scale_out():
+    """And SGD does not. Nothing is clipped, so that the clip does not decide."""
+    plain, scaled = (steps(adamw, [factor] * 20) for factor in (1.0, 100.0))
+    assert torch.allclose(plain, scaled, atol=1e-5)
+    plain, scaled = (steps(torch.optim.SGD, [factor] * 20) for factor in (1.0, 10.0))
     assert not torch.allclose(plain, scaled, atol=1e-2)
 
 
