@@ -1,11 +1,13 @@
-"""The curves of the method, from logs: divergence and brake, prolonged training, targets, λ. No model is loaded.
+"""The curves of the method, from logs: the drag, the brake, prolonged training, targets, λ. No model is loaded.
 
-    python plots.py runs/     # every finished run below runs/ -> runs/figures/*.png
+    python plots.py runs/           # every finished run below runs/ -> runs/figures/*.png
     python plots.py results/slips   # the committed runs -> results/slips/figures/*.png
 
-The command also draws the figures of study/figures.py. `python -m study.claims` writes the numbers, results.md.
+The command also draws the figures of study/figures.py. `python -m study.verdicts` writes results/results.md, and
+`python -m study.claims` that of results/slips.
 """
 
+import functools
 import os
 from pathlib import Path
 
@@ -17,7 +19,6 @@ from plumbing.files import printable_path
 from plumbing.flags import NO_DEFAULT, command, command_line
 from study import drawing, figures, page
 from study.drawing import (
-    CORRECTNESS,
     LAST_OR_BEST,
     PI,
     PIHAT,
@@ -27,10 +28,10 @@ from study.drawing import (
     coloured,
     draw,
     few,
-    kinds_for,
     legend,
     over_steps,
     panel_accuracy,
+    styled,
 )
 from study.results import by, by_method, label, main_runs, mean_and_interval, read_folder, summary, where
 
@@ -40,23 +41,20 @@ SPREAD = {(5, 95): 0.22, (25, 75): 0.45}  # percentiles of the correct rows betw
 # --- panels
 
 
-def panel_logratios(axis, methods):
+def panel_logratio(axis, methods, kind):
     for colour, _, runs in coloured(methods):
-        for kind, style in kinds_for(methods).items():
-            draw(axis, runs, lambda log: log[f"logratio_{kind}"], colour, style)
+        draw(axis, runs, lambda log: log[f"logratio_{kind}"], colour)
     symlog(axis)
-    axis.set(title=f"Log-ratio, {whose(methods)}")
+    axis.set(title=f"Mean log-ratio, {kind} answers")
 
 
-def whose(methods):
-    """For a panel's title: the answers that `kinds_for` lets it show."""
-    return " and ".join(kinds_for(methods)) + " answers"
+LOGRATIOS = [functools.partial(panel_logratio, kind=kind) for kind in ("correct", "incorrect")]
 
 
 def symlog(axis):
     """An axis of log-ratios on which -0.5 and -50 can both be read."""
+    axis.set_yscale("symlog", linthresh=1, subs=range(2, 10))  # before a line asks for the limits
     axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
-    axis.set_yscale("symlog", linthresh=1, subs=range(2, 10))
     axis.set_ylabel("log-ratio [nats], symlog")
     axis.yaxis.set_major_formatter("{x:g}")
 
@@ -73,15 +71,17 @@ def panel_spread(axis, colour, runs):
     axis.plot(steps, mean(f"{CORRECT}_p50"), color=colour, linewidth=1.8)
     symlog(axis)
     lowest, below = mean(f"{CORRECT}_p5")[-1], mean(f"{CORRECT}_below_0")[-1]
-    ends = f"{100 * below:.0f} % of correct rows end\nbelow 0, and 5 % below {lowest:.3g} nats"
+    ends = f"{100 * below:.0f} % of answers\nend below 0, 5 % below {lowest:.3g} nats"
     axis.set(title=f"{label(runs[0].method)}: {ends}", xlabel="training step")
 
 
-def panel_coefficient(axis, methods):
+def panel_coefficient(axis, methods, kind):
     for colour, _, runs in coloured(methods):
-        for kind, style in kinds_for(methods).items():
-            draw(axis, runs, lambda log: log[f"coefficient_{kind}"], colour, style)
-    axis.set(title=f"Weight C·|y|, {whose(methods)}", ylabel=r"weight of $\nabla$ logp_mean", ylim=(0, None))
+        draw(axis, runs, lambda log: log[f"coefficient_{kind}"], colour)
+    axis.set(title=f"Weight C·|y|, {kind} answers", ylabel="mean since the last evaluation", ylim=(0, None))
+
+
+COEFFICIENTS = [functools.partial(panel_coefficient, kind=kind) for kind in ("correct", "incorrect")]
 
 
 def panel_ratio(axis, methods):
@@ -89,22 +89,23 @@ def panel_ratio(axis, methods):
         return log["pihat_incorrect"] / np.maximum(log["pi_incorrect"], 1e-300)  # a collapsed policy's is 0
 
     for colour, _, runs in coloured(methods):
-        draw(axis, runs, ratio, colour, CORRECTNESS["incorrect"])
+        if any((run.log["coefficient_incorrect"][1:] > 0).any() for run in runs):  # SFT pushes none
+            draw(axis, runs, ratio, colour)
     axis.set(title="Brake on incorrect answers", ylabel=f"mean {PIHAT} / mean {PI}", ylim=(0, 1.1))
 
 
 def panel_below(axis, methods):
     for colour, _, runs in coloured(methods):
-        draw(axis, runs, lambda log: log["below_0.2_pi"] / 1000, colour, "-")
+        draw(axis, runs, lambda log: log["below_0.2_pi"], colour, "-")
         if runs[0].get("lam"):
-            draw(axis, runs, lambda log: log["below_0.2_pihat"] / 1000, colour, ":")
-    axis.set(title=f"Incorrect rows with {PI} below 0.2", ylabel="running count [thousands]")
-    axis.legend(handles=[Line2D([], [], color="0.3", linestyle=s, label=n) for n, s in ((PI, "-"), (PIHAT, ":"))], fontsize=10)
+            draw(axis, runs, lambda log: log["below_0.2_pihat"], colour, ":")
+    axis.set(title=f"Incorrect answers trained on with {PI} below 0.2", ylabel="running count")
+    styled(axis, {PI: "-", PIHAT: ":"}, fontsize=10)
 
 
 def panel_grad_norm(axis, methods):
     for colour, _, runs in coloured(methods):
-        draw(axis, runs, lambda log: log["grad_norm"], colour)
+        draw(axis, runs, lambda log: log["grad_norm"], colour, band=False)  # which may go below 0
     axis.set(title="Gradient norm before clipping at 1", ylabel="norm, log scale", yscale="log")
 
 
@@ -112,8 +113,8 @@ def panel_grad_norm(axis, methods):
 
 
 def figure_drag(runs):
-    """Left: accuracy. Right: how the log-ratios to the base model of correct training rows are distributed. They should rise. A
-    row below 0 lost probability though it is correct: it was dragged down. Each percentile is the mean over seeds.
+    """The left panel shows the accuracy. The others show how the log-ratios of correct training answers to the base model are
+    distributed. They should rise. An answer below 0 lost probability: it was dragged down. Percentiles are means over seeds.
     """
     chosen = [run for run in few(main_runs(runs), most=2) if f"{CORRECT}_below_0" in run.log]
     if not chosen:
@@ -121,47 +122,54 @@ def figure_drag(runs):
     methods = by_method(chosen)
     figure, (left, *others) = canvas(1, 1 + len(methods), row_height=4.2)
     panel_accuracy(left, methods)
-    left.set_xlabel("training step")
+    left.set(xlabel="training step", ylabel="accuracy")
     for axis, (colour, _, some) in zip(others, coloured(methods)):
         draw(left, some, lambda log: log["accuracy_0.7"], colour, ":", band=False)
-        panel_spread(axis, colour, some)
         if axis is not others[0]:
             axis.sharey(others[0])
-            axis.set_ylabel("")
+        panel_spread(axis, colour, some)
+    for axis in others[1:]:
+        axis.set_ylabel("")
     styles = [Line2D([], [], color="0.3", linestyle=s, label=f"sampled at T = {t}") for s, t in (("-", 1), (":", 0.7))]
     bands = [
-        Patch(color="0.3", alpha=a, linewidth=0, label=f"{low} % to {high} % of rows") for (low, high), a in SPREAD.items()
+        Patch(color="0.3", alpha=a, linewidth=0, label=f"{low} % to {high} % of answers") for (low, high), a in SPREAD.items()
     ]
-    legend(figure, methods, [*styles, *bands, Line2D([], [], color="0.3", label="median row")])
+    others = [Line2D([], [], color=c, label=name) for c, name in (("0.3", "median answer"), ("0.6", "base model"))]
+    legend(figure, methods, [*styles, *bands, *others])
     return figure, chosen
 
 
 def figure_dynamics(runs):
-    """Log-ratios are to the base model: below 0 an answer lost probability. C·|y| is the weight of an answer in
-    the gradient. A brake below 1: the future policy weights incorrect answers less than the present one does. A loss
-    without a future policy stays at 1.
+    """Log-ratios are to the base model. A few answers that fall far pull a mean below 0. C·|y| is the weight of ∇ logp_mean. A
+    brake below 1 says that the future policy weights incorrect answers less than the present one does. Otherwise it is 1.
     """
     chosen = few(main_runs(runs))
-    return over_steps([panel_accuracy, panel_logratios, panel_coefficient, panel_ratio], 2, 2, by_method(chosen)), chosen
+    panels = [panel_accuracy, *LOGRATIOS, panel_ratio, *COEFFICIENTS]
+    return over_steps(panels, 2, 3, by_method(chosen)), chosen
 
 
 def figure_prolonged(runs):
-    """The longest training. Right: how many incorrect rows so far had a π̄ below 0.2, where their weight is small."""
-    most = max(run.config["steps"] for run in runs)
-    chosen = few(main_runs(where(runs, steps=most)), most=3)
-    return over_steps([panel_logratios, panel_accuracy, panel_below], 1, 3, by_method(chosen)), chosen
+    """These are the longest runs. The last panel counts incorrect answers that were trained on with a π̄ below 0.2, a small
+    weight.
+    """
+    lengths = by(runs, lambda run: run.config["steps"])
+    most = max((steps for steps, some in lengths.items() if len(by_method(some)) > 1), default=0)
+    if most <= main_runs(runs)[0].config["steps"]:
+        return None  # figure_dynamics shows them
+    chosen = few([run for run in runs if "prolonged" in run.experiments] or main_runs(lengths[most]), most=3)
+    return over_steps([panel_accuracy, *LOGRATIOS, panel_below], 2, 2, by_method(chosen)), chosen
 
 
 def figure_targets(runs):
-    """Targeted FPA: the future policy's coefficient on correct rows only, on incorrect rows only, and on both. Log-ratios below
-    0: the correct rows lost probability on average.
+    """Targeted FPA takes its weight from the future policy on one kind of answers only, and FPA on both. A mean log-ratio below
+    0 can come from a few answers that fall far.
     """
     main = main_runs(runs)
     targeted = where(main, loss="fpa", target=("correct", "incorrect"))
     if not targeted:
         return None
     chosen = where(main, loss="off_rl") + where(main, loss="fpa", lam=targeted[0].get("lam"))
-    return over_steps([panel_logratios, panel_accuracy, panel_grad_norm], 1, 3, by_method(chosen)), chosen
+    return over_steps([panel_accuracy, *LOGRATIOS, panel_grad_norm], 2, 2, by_method(chosen)), chosen
 
 
 def figure_lambda(runs):
@@ -180,9 +188,9 @@ def figure_lambda(runs):
         for x, (some, numbers, mean, half) in enumerate(zip(lams.values(), table, means, halves)):
             colour = colour_of(some[0].config["loss"])
             axis.plot([x] * len(numbers), numbers, "o", color=colour, alpha=0.35, markeredgewidth=0)
-            axis.errorbar(x, mean, None if np.isnan(half) else half, fmt="_", color=colour, capsize=3, linewidth=1.8)
+            axis.errorbar(x, mean, half, fmt="_", color=colour, capsize=3, linewidth=1.8)
         axis.set_xticks(range(len(lams)), [f"{lam:g}" for lam in lams])
-        axis.set(title=title, xlabel="λ (not to scale)", ylabel="pass@1", ylim=(0, 1))
+        axis.set(title=title, xlabel="λ (not to scale)", ylabel="accuracy, T = 1", ylim=(0, 1))
     handles = [
         Line2D([], [], color=colour_of(loss), label=LOSSES[loss].label)
         for loss in dict.fromkeys(run.config["loss"] for run in chosen)

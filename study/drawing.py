@@ -22,11 +22,10 @@ from study.results import by, by_method, describe, final, fpa_runs, label, mean_
 from toy_math.tokenizer import ALPHABET
 
 PI, PIHAT = r"$\bar{\pi}$", r"future $\bar{\pi}$"  # under the present and the future policy
-CORRECTNESS = {"correct": "-", "incorrect": "--"}  # line styles
 CHARACTERS = ALPHABET + "▪▪▪"  # ▪: EOS
 MOST_LINES = 7  # in a panel; more cannot be told apart
-LAST_OR_BEST = {"Final accuracy": final, "Best accuracy": lambda run: run.log["accuracy"].max()}
-COLOURS = {  # Okabe and Ito's palette and some of Paul Tol's colours, safe for colour-blind readers
+LAST_OR_BEST = {"Final accuracy": final, "Best accuracy": lambda run: run.log["accuracy"][1:].max()}
+COLOURS = {  # Okabe and Ito's palette and some of Paul Tol's colours; any few can be told apart, all of them cannot
     "off_rl": "#D55E00", "fpa": "#0072B2", "sft": "#009E73", "constant": "#CC79A7", "sharpened": "#E69F00", "grpo": "#333333",
     "simper": "#56B4E9", "dpo": "#882255", "rpo": "#999933", "kto": "#AA4499", "a_star_po": "#332288", "pessimistic": "#999999",
     "reinforce": "#8C6D1F", "topr": "#117733", "future_topr": "#88CCEE", "power": "#CC3311", "asymre": "#DDAA33",
@@ -65,7 +64,8 @@ def panel_accuracy(axis, methods):
         draw(axis, runs, lambda log: log["accuracy"], colour)
         axis.axhline(np.mean([run.log["accuracy"][0] for run in runs]), color="0.6", linewidth=0.8, zorder=0)
     split = "validation" if "test_accuracy" in runs[0].log else "test"  # the first study's accuracies are on test problems
-    axis.set(title=f"Accuracy on {split} problems", ylabel="pass@1", ylim=(0, 1))
+    split = "held-out" if "init" in runs[0].config else split  # at full scale
+    axis.set(title=f"Accuracy on {split} problems", ylabel="accuracy, T = 1", ylim=(0, 1))
 
 
 def canvas(height, width, row_height=3.4):
@@ -86,15 +86,13 @@ def over_steps(panels, height, width, methods):
         panel(axis, methods)
         axis.set_xlabel("training step")
         axis.locator_params(axis="x", nbins=5)
-    styles = [Line2D([], [], color="0.3", linestyle=s, label=f"{kind} answers") for kind, s in CORRECTNESS.items()]
-    dashed = any(line.get_linestyle() == CORRECTNESS["incorrect"] for axis in axes for line in axis.lines)
-    legend(figure, methods, styles if dashed else ())
+    legend(figure, methods)
     return figure
 
 
-def kinds_for(methods):
-    """The answers that a panel shows of each method: both kinds, or the correct ones where both are too many lines."""
-    return CORRECTNESS if len(CORRECTNESS) * len(methods) <= MOST_LINES else {"correct": "-"}
+def styled(axis, names, fontsize=8):
+    """A panel's own legend of its line styles: {name: style}."""
+    axis.legend(handles=[Line2D([], [], color="0.3", linestyle=s, label=n) for n, s in names.items()], fontsize=fontsize)
 
 
 def few(runs, most=6):
@@ -152,7 +150,7 @@ def draw_all(figures, runs, to, means_only=()):
             axis.title.set_fontsize(10)
             axis.spines[["top", "right"]].set_visible(False)
         seeds = sorted({len(some) for some in by(chosen, lambda run: (run.setting, run.method)).values()})
-        counted = f"{'–'.join(map(str, seeds))} seed{'s' if seeds[-1] > 1 else ''}"
+        counted = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}"
         if seeds[-1] > 1:
             counted += ": mean" if name in means_only else ": mean and 95 % interval"
         settings = by(chosen, lambda run: run.setting)

@@ -1,4 +1,4 @@
-"""The figures beyond the method's own curves: entanglement, neighbours and controls, cost, extrapolation, single tokens.
+"""The figures beyond the method's own curves: entanglement, other losses, prompts, cost, extrapolation, diversity, tokens.
 
 `python plots.py results` draws them beside its own.
 """
@@ -10,7 +10,6 @@ from matplotlib.lines import Line2D
 
 from losses import LOSSES
 from study.drawing import (
-    CORRECTNESS,
     HIT,
     LAST_OR_BEST,
     MEDIAN,
@@ -24,8 +23,8 @@ from study.drawing import (
     figures_of,
     legend,
     pair_at,
-    panel_accuracy,
     plt,
+    styled,
     texts,
 )
 from study.results import (
@@ -54,8 +53,8 @@ MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast")  # and no interv
 
 
 def figure_entanglement(runs):
-    """Gradients of a correct answer w and an incorrect one l of one problem. A small step on such a pair changes log π of w
-    by C_w·a − C_l·g, with the loss's own coefficients C: below 0 it drags the correct answer down.
+    """These are gradients of a correct answer w and an incorrect one l of one problem: their squared norms a and b, and their
+    inner product g. A small step on the pair drags the correct answer down where C_l·g is above C_w·a.
     """
     chosen = few(with_table(main_runs(runs), "entanglement"), most=2)
     if not chosen:
@@ -94,32 +93,26 @@ def figure_entanglement(runs):
     return figure, chosen
 
 
-def styled(axis, names):
-    """A panel's own legend of its line styles: {name: style}."""
-    axis.legend(handles=[Line2D([], [], color="0.3", linestyle=s, label=n) for n, s in names.items()], fontsize=8)
-
-
 # --- losses beside each other
 
 
 def panel_dots(axis, methods, values=final):
-    """A row a method: a dot a seed, and the mean with its interval."""
+    """A row a method: a dot a seed, and the mean with its interval. Grey: before training."""
     rows = list(coloured(methods))[::-1]
     for y, (colour, _, runs) in enumerate(rows):
         numbers = [values(run) for run in runs]
         mean, half = mean_and_interval(numbers)
         axis.plot(numbers, [y] * len(numbers), "o", color=colour, alpha=0.6, markersize=5, markeredgewidth=0, zorder=3)
-        axis.errorbar(
-            mean, y, xerr=None if np.isnan(half) else half, fmt="|", color=colour, markersize=14, capsize=3, linewidth=1.8
-        )
+        axis.errorbar(mean, y, xerr=half, fmt="|", color=colour, markersize=14, capsize=3, linewidth=1.8)
+    axis.axvline(np.mean([run.log["accuracy"][0] for _, _, runs in rows for run in runs]), color="0.6", linewidth=0.8, zorder=0)
     axis.set_yticks(range(len(rows)), [label(method) for _, method, _ in rows], fontsize=8)
-    axis.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), xlabel="pass@1 at T = 1")
+    axis.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), xlabel="accuracy, T = 1 (grey: before training)")
     axis.grid(axis="x", alpha=0.3)
 
 
 def figure_losses(runs):
-    """Every loss at the learning rate beside its name. A dot is a seed; the tick is the mean, the bar its interval. Final: of
-    the last evaluation. Best: of any evaluation.
+    """These are the losses that were run, at the learning rate beside each name. A dot is a seed. The tick is the mean, and the
+    bar is its interval. The best accuracy is that of any evaluation after the first step.
     """
     chosen = [run for some in tuned(runs).values() for run in some] or main_runs(runs)
     if len(by(chosen, lambda run: run.config["loss"])) < 3:
@@ -128,15 +121,15 @@ def figure_losses(runs):
     for axis, (title, value) in zip(axes, LAST_OR_BEST.items()):
         panel_dots(axis, by_method(chosen), value)
         axis.set_title(title)
-    lrs = {method: some[0].config["lr"] for method, some in by_method(chosen).items()}
-    axes[0].set_yticks(range(len(lrs)), [f"{label(m)}  (lr {lr:g})" for m, lr in list(lrs.items())[::-1]], fontsize=8)
+    names = [f"{label(method)}  (lr {some[0].config['lr']:g})" for method, some in by_method(chosen).items()]
+    axes[0].set_yticks(range(len(names)), names[::-1], fontsize=8)
     axes[1].set_yticklabels([])
     return figure, chosen
 
 
 def figure_controls(runs):
-    """FPA beside what it might be mistaken for: a constant weight, a sharpened present coefficient, correct rows alone. A
-    dot is a seed; the tick beside it is the mean, the bar its interval.
+    """FPA stands beside what it might be mistaken for: a constant weight, a sharpened present weight, correct rows alone. A
+    dot is a seed. The tick is the mean, and the bar is its interval.
     """
     main = main_runs(runs)
     controls = where(main, loss=("constant", "sharpened", "sft"))
@@ -145,18 +138,15 @@ def figure_controls(runs):
     lams = {run.get("lam") for run in where(controls, loss="sharpened")} or {2.0}
     chosen = where(main, loss="off_rl") + where(main, loss="fpa", lam=tuple(lams), target=("both", "incorrect")) + controls
     methods = by_method(chosen)
-    figure, (left, right) = canvas(1, 2)
-    panel_accuracy(left, dict(list(methods.items())[:MOST_LINES]))
-    left.set_xlabel("training step")
-    panel_dots(right, methods)
-    right.set_title("Final accuracy")
-    legend(figure, methods)
+    figure, (axis,) = canvas(1, 1, row_height=0.4 * len(methods) + 1)
+    panel_dots(axis, methods)
+    axis.set_title("Final accuracy")
     return figure, chosen
 
 
 def figure_prompts(runs):
-    """Final accuracy against the number of training prompts, over the same number of steps: fewer prompts are seen more often.
-    A dot is a seed; the line joins the means, with their intervals.
+    """The final accuracy stands against the number of training prompts. All runs have as many steps, so fewer prompts are seen
+    more often. A dot is a seed. The line joins the means, with their intervals.
     """
     methods = by_method(varying(runs, "prompts"))
     methods = {m: some for m, some in methods.items() if len({run.config["prompts"] for run in some}) > 1}
@@ -172,14 +162,15 @@ def figure_prompts(runs):
     ticks = sorted({run.config["prompts"] for some in methods.values() for run in some})
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    axis.set(xlabel=f"training prompts ({some[0].config['rollouts']} rollouts each)", ylabel="final pass@1", ylim=(0, 1))
+    rollouts = some[0].config["rollouts"]
+    axis.set(xlabel=f"training prompts ({rollouts} rollouts each)", ylabel="final accuracy, T = 1", ylim=(0, 1))
     axis.legend(loc="lower right")
     return figure, [run for some in methods.values() for run in some]
 
 
 def figure_cost(runs):
-    """Accuracy against its cost in tokens, each loss at its best learning rate where other seeds chose one. Higher and further
-    left is better. Offline losses sample everything before the first step.
+    """The accuracy stands against its cost in tokens, each loss at its best learning rate where other seeds chose one. Higher
+    and further left is better. A dot is the end. Offline losses sample everything before the first step.
     """
     main, best = main_runs(runs), tuned(runs)
     if not where(main, loss="grpo"):
@@ -196,12 +187,15 @@ def figure_cost(runs):
     for axis, (title, x) in zip(axes, costs.items()):
         for colour, _, some in coloured(by_method(chosen)):
             draw(axis, some, lambda log: log["accuracy"], colour, x=x)
-        axis.set(title="Accuracy against cost", xlabel=title, ylabel="pass@1", ylim=(0, 1))
+            axis.plot(np.mean([x(run.log)[-1] for run in some]), np.mean([*map(final, some)]), "o", color=colour)
+        axis.set(xlabel=title, ylabel="accuracy, T = 1", ylim=(0, 1))
     legend(figure, by_method(chosen))
     return figure, chosen
 
 
 # --- does the extrapolation predict the future?
+
+VIRIDIS = {lam: plt.get_cmap("viridis")(index / 3.5) for index, lam in enumerate((0.5, 1, 2, 5))}
 
 
 def diagnosed(runs):
@@ -225,19 +219,20 @@ def extrapolation_panels(runs):
         laters, lams = (sorted({key[i] for key in means}) for i in range(2))
         axis.set(title=f"lr {lr:g}, t = {t}", xlabel="look-ahead t′/t")
         panels.append((axis, t, laters, lams, means))
+        axis.sharey(axes[0])
     return figure, [run for some in groups.values() for run in some], panels
 
 
 def figure_extrapolation(runs):
-    """Distance of the future policy of step t from the policy of the later step t′, over the present policy's: below 1 it is a
-    forecast. A ring marks t′ = (1 + λ) t, the step that a straight line would reach.
+    """A curve is the distance of the future policy of step t from the policy of step t′, over the present policy's. Below 1 it
+    is a forecast. A ring marks t′ = (1 + λ) t, the step that a straight line would reach.
     """
     if not (made := extrapolation_panels(runs)):
         return None
     figure, chosen, panels = made
     for axis, t, laters, _, means in panels:
-        for index, lam in enumerate((0.5, 1, 2, 5)):
-            colour, curve = plt.get_cmap("viridis")(index / 3.5), [2 ** means[later, lam] for later in laters]
+        for lam, colour in VIRIDIS.items():
+            curve = [2 ** means[later, lam] for later in laters]
             axis.plot([later / t for later in laters], curve, color=colour, marker=".", label=f"λ = {lam:g}")
             if (1 + lam) * t in laters:
                 axis.plot(1 + lam, curve[laters.index((1 + lam) * t)], "o", color=colour, markerfacecolor="none", markersize=11)
@@ -269,7 +264,8 @@ def figure_extrapolation_map(runs):
         if t == panels[0][1]:
             axis.set_ylabel("λ")
     axes = [panel[0] for panel in panels]
-    figure.colorbar(image, ax=axes, label="log₂ of KL from π at t′,\nfuture / present policy", shrink=0.8)
+    said = "log₂ of KL from π at t′,\nfuture / present policy, cut at ±4"
+    figure.colorbar(image, ax=axes, label=said, extend="both", shrink=0.8)
     return figure, chosen
 
 
@@ -282,34 +278,34 @@ def figure_forecast(runs):
         "kl": "KL",
         "tv": "Total variation",
         "token_error": "Sampled tokens' |Δ logp|",
-        "coefficient_error": "Coefficients",
+        "coefficient_error": "π̄",
     }
     lams, styles = (0.5, 1, 2), dict(zip(groups, ("-", "--", ":", "-.")))
     if not groups or len(groups) > len(styles):
         return None
     figure, axes = canvas(2, 3)
     for axis, column in zip(axes, [*kinds, "coefficient_rank"]):
+        difference = column == "coefficient_rank"
         all_tables = {lr: [extrapolated(run, column) for run in some] for lr, some in groups.items()}
-        for (lr, style), (index, lam) in itertools.product(styles.items(), enumerate(lams)):
+        for (lr, style), lam in itertools.product(styles.items(), lams):
             tables = all_tables[lr]
             starts = [t for t, later, at in tables[0] if at == lam and later == (1 + lam) * t]
             if not starts:
                 continue
             pairs = np.array([[table[t, (1 + lam) * t, lam] for t in starts] for table in tables])  # (seeds, starts, 2)
             future, present = np.moveaxis(pairs, -1, 0)
-            difference = column == "coefficient_rank"
             curve = (future - present).mean(0) if difference else np.exp(np.log(future / present).mean(0))
-            axis.plot(starts, curve, style, color=plt.get_cmap("viridis")(index / 2.5), marker=".")
-        axis.set(xscale="log", xlabel="t", title=kinds.get(column, "Rank correlation of coefficients"))
+            axis.plot(starts, curve, style, color=VIRIDIS[lam], marker=".")
+        axis.set(xscale="log", xlabel="t", title=kinds.get(column, "Rank correlation of π̄"))
         axis.set_xticks([10, 30, 100, 300], ["10", "30", "100", "300"])
-        axis.axhline(0 if column == "coefficient_rank" else 1, color="0.3", linewidth=0.8)
-        axis.set_ylabel("future − present" if column == "coefficient_rank" else "future / present, log scale")
-        if column != "coefficient_rank":
+        axis.axhline(0 if difference else 1, color="0.3", linewidth=0.8)
+        axis.set_ylabel("future − present" if difference else "future / present, log scale")
+        if not difference:
             axis.set_yscale("log")
             axis.set_yticks([0.1, 0.3, 1, 3, 10, 30, 100], ["0.1", "0.3", "1", "3", "10", "30", "100"])
         axis.minorticks_off()
     axes[5].set_visible(False)
-    handles = [Line2D([], [], color=plt.get_cmap("viridis")(i / 2.5), label=f"λ = {lam:g}") for i, lam in enumerate(lams)]
+    handles = [Line2D([], [], color=VIRIDIS[lam], label=f"λ = {lam:g}") for lam in lams]
     handles += [Line2D([], [], color="0.3", linestyle=style, label=f"lr {lr:g}") for lr, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=5)
     return figure, [run for some in groups.values() for run in some]
@@ -319,32 +315,33 @@ def figure_forecast(runs):
 
 
 def ratio_of_coefficients(run):
-    """The mean over training of C_l / C_w; NaN where a loss's coefficients change their sign, or where nothing is logged."""
+    """C_l |y| / C_w |y|, mean over training; NaN where a loss's coefficients change their sign, or where nothing is logged."""
     correct, incorrect = (run.log[f"coefficient_{kind}"][1:] for kind in ("correct", "incorrect"))
     return np.mean(incorrect / correct) if (correct > 0).all() and (incorrect >= 0).all() else np.nan
 
 
 def figure_ratio(runs):
-    """A dot is a run, of any loss and learning rate. To the right incorrect rows weigh more beside correct ones, over the whole
-    training. Ratios below 0.01 are drawn there.
+    """A dot is a run, of any loss and learning rate. To the right, incorrect rows weigh more beside correct ones over the whole
+    training. A ratio below 0.01 is drawn at 0.01.
     """
     chosen = [run for run in runs if not LOSSES[run.config["loss"]].online and METRIC in run.log]
     chosen = [run for run in chosen if run.config["steps"] == 1000 and np.isfinite(ratio_of_coefficients(run))]
     losses = by(chosen, lambda run: run.config["loss"])
-    if len(losses) < MOST_LINES:
+    if len(losses) < 7:  # too few for a cloud
         return None
     figure, (axis,) = canvas(1, 1, row_height=4.8)
     for name in [name for name in LOSSES if name in losses]:
         x = [max(ratio_of_coefficients(run), 0.01) for run in losses[name]]
         y = [run.log[METRIC][-1] for run in losses[name]]
         axis.plot(x, y, "o", color=colour_of(name), markersize=4, alpha=0.7, markeredgewidth=0, label=LOSSES[name].label)
-    axis.set(xscale="log", xlabel="C_l / C_w, mean over training (log scale)", ylabel="final accuracy, T = 0.7", ylim=(0, 1))
+    axis.set(xscale="log", xlabel="mean C_l·|y| / mean C_w·|y|, over training (log scale)")
+    axis.set(ylabel="final accuracy, T = 0.7", ylim=(0, 1))
     figure.legend(loc="outside right center")
     return figure, chosen
 
 
 def figure_diversity(runs):
-    """Accuracy against pass@16, each loss at its tuned setting: the mean over seeds and its 95 % interval. A loss that gains
+    """The accuracy stands against pass@16, each loss at its tuned setting, mean and 95 % interval. A loss that gains
     accuracy by giving up other answers lies to the left of the base model, the black cross.
     """
     chosen = [run for run in runs if "final" in run.experiments]
@@ -359,7 +356,7 @@ def figure_diversity(runs):
         axis.errorbar(x, y, dy, dx, "o", color=colour_of(loss), capsize=2, linewidth=1, label=name, **hollow)
     base = [np.mean([run.log[name][0] for run in chosen]) for name in ("test_pass@16", METRIC)]
     axis.plot(*base, "x", color="black", markersize=9, label="base model")
-    axis.set(xlabel="pass@16", ylabel="pass@1, T = 0.7", ylim=(0, 1))
+    axis.set(xlabel="pass@16", ylabel="accuracy, T = 0.7", ylim=(0, 1))
     figure.legend(loc="outside right center")
     return figure, chosen
 
@@ -400,8 +397,8 @@ def panel_tokens(axis, runs, pair, side):
 
 
 def figure_tokens(runs):
-    """Every token's log-ratio. Red: it lost probability. Pairs of a correct and an incorrect trace are ranked by the correct
-    trace's sum under the first method at the last step: the pair near the 10th percentile, and the median pair.
+    """Red tokens lost probability, and blue ones gained. Pairs of a correct and an incorrect answer are ranked by the correct
+    answer's log-ratio under the first method at the last step. Shown are the pair near the 10th percentile and the median pair.
     """
     chosen = few([run for run in with_table(main_runs(runs), "tokens") if run.config["loss"] in ("off_rl", "fpa")], most=2)
     chosen = [run for run in chosen if run.config["seed"] == chosen[0].config["seed"]]
@@ -413,9 +410,9 @@ def figure_tokens(runs):
     }
     drags = [by_drag(run.tables["tokens"]) for run in chosen]
     figure, axes = canvas(2 * len(pairs), 1, row_height=1.8)
-    for axis, ((pair, name), side) in zip(axes, itertools.product(list(pairs.items())[::-1], CORRECTNESS)):
+    for axis, ((pair, name), side) in zip(axes, itertools.product(list(pairs.items())[::-1], ("correct", "incorrect"))):
         image = panel_tokens(axis, chosen, pair, side)
-        title = f"{name}, {side} trace"
+        title = f"{name}, {side} answer"
         if side == "correct":
             title += ": in all " + ", ".join(
                 f"{drag[pair]:+.1f} nats under {label(run.method)}" for run, drag in zip(chosen, drags)

@@ -131,7 +131,7 @@ function chart(box, { lines, xs, ys, cursor, goal, height = 150, label }) {
   const text = (x, y, anchor, words) => `<text x="${x}" y="${y}" text-anchor="${anchor}">${words}</text>`;
   const round = v => Math.abs(v) >= 10 ? Math.round(v) : +v.toPrecision(2);
   const ticks = ys[0] < 0 ? [ys[0], ys[0] / 2, 0] : [ys[0], (ys[0] + ys[1]) / 2, ys[1]];
-  let inside = text(left, height - 4, "start", xs[0]) + text(width - right, height - 4, "end", xs[1]);
+  let inside = text(left, height - 4, "start", `step ${xs[0]}`) + text(width - right, height - 4, "end", xs[1]);
   const grid = v => line(left, Y(v), width - right, Y(v), 'stroke="#ddd"') + text(left - 4, Y(v) + 4, "end", round(v));
   inside += ticks.map(grid).join("");
   const dotted = 'stroke="#009E73" stroke-width="2" stroke-dasharray="2 4"';
@@ -318,7 +318,7 @@ function heat(v) { // red: it lost probability; blue: it gained
   const share = Math.min(1, Math.abs(v) / 4), end = v < 0 ? [178, 24, 43] : [33, 102, 172];
   return [`rgb(${end.map(c => Math.round(247 + (c - 247) * share))})`, share > 0.55 ? "#fff" : "#222"];
 }
-// C_l / C_w, of the means over all pairs
+// the weight of wrong answers over that of right ones, of the means over all pairs
 function brake(m, at, l) { return mean(real().bars.map(of => of[m][1][at][l])) / mean(real().bars.map(of => of[m][0][at][l])); }
 
 function chosenToken() {
@@ -422,11 +422,11 @@ function drawCurves(pair) {
   const line = (y, m, dash) => ({ x, y, colour: methods[m].colour, dash });
   const traces = totals[state.pair].flatMap((sides, m) => sides.map((y, side) => line(y, m, side === 1)));
   const all = traces.flatMap(some => some.y), ys = [Math.min(-1, ...all), Math.max(0.1, ...all)], l = nearest(LAMS, state.lam);
-  const brakes = methods.map((_, m) => x.map((_, at) => brake(m, at, l)));
+  const brakes = methods.map((_, m) => x.map((_, at) => brake(m, at, methods[m].lam ? l : 0)));
   const toStep = {
     curve: chart($("curve"), { ...axes, ys, lines: traces, label: "the pair's log-ratios over steps" }),
     brake: chart($("brake"), { ...axes, ys: [0, Math.max(1, ...brakes.flat())], lines: brakes.map((y, m) => line(y, m)),
-      label: "C_l over C_w over steps" }),
+      label: "weight of wrong answers over that of right ones, over steps" }),
     accuracy: chart($("accuracy"), { ...axes, ys: [0, 1], label: "accuracy over steps",
       lines: accuracy[pair.seed].map(([x, y], m) => ({ x, y, colour: methods[m].colour })) }),
   };

@@ -20,7 +20,7 @@ from plumbing.files import UserError, write_text
 from plumbing.flags import command, command_line
 from study import claims
 from study.diagnostics import TOKEN_LAMS
-from study.drawing import CORRECTNESS, HIT, by_drag, colour_of, coloured, few, texts
+from study.drawing import HIT, by_drag, colour_of, coloured, few, texts
 from study.results import by_method, describe, label, main_runs, mean_and_interval, read_folder, with_table
 
 PARTS = Path(__file__).parent  # where page.html and page.js are
@@ -76,7 +76,7 @@ def pair_data(runs, pair):
     made = {"seed": runs[0].config["seed"], "ratios": [], "future": []}
     for run in runs:
         table = run.tables["tokens"]
-        at = [np.flatnonzero((table["pair"] == pair) & (table["side"] == side)) for side in CORRECTNESS]
+        at = [np.flatnonzero((table["pair"] == pair) & (table["side"] == side)) for side in ("correct", "incorrect")]
         made["ratios"].append([[thousandths(table["logratios"][row]) for row in rows] for rows in at])
         columns = [table[f"future_logps_{lam:g}"] for lam in TOKEN_LAMS]
         made["future"].append([[[thousandths(column[row]) for column in columns] for row in rows] for rows in at])
@@ -118,7 +118,9 @@ def set_data(runs):
     several = "seeds" if len(seeds) > 1 else "seed"
     return {
         "name": re.sub(r"\.Q\w+$", "", first.config.get("init", f"the toy, task {first.config.get('task')}")),
-        "methods": [{"label": label(method), "colour": colour} for colour, method, _ in coloured(methods)],
+        "methods": [
+            {"label": label(method), "colour": colour, "lam": some[0].get("lam")} for colour, method, some in coloured(methods)
+        ],
         "steps": sorted({int(step) for step in first.tables["tokens"]["step"]}),
         "accuracy": {seed: [accuracies(run, runs) for run in some] for seed, some in seeds.items()},
         "pairs": [pair_data(seeds[seed], pair) for _, seed, pair in sorted(drags)],

@@ -398,10 +398,12 @@ def test_a_token_shows_its_probabilities(opened, made):
     assert tab.evaluate("document.activeElement.closest('#incorrect') !== null")
     brakes = lambda: tab.locator("#brake polyline").last.get_attribute("points")  # noqa: E731
     line, token = brakes(), tab.inner_text("#token")
+    off_rl = tab.locator("#brake polyline").first.get_attribute("points")
     tab.focus("#lam")
     tab.keyboard.press("ArrowRight")
     assert brakes() == line and tab.inner_text("#token") == token  # 2 is still the nearest λ that is stored
     tab.keyboard.press("End")
+    assert tab.locator("#brake polyline").first.get_attribute("points") == off_rl  # whose weight has no λ
     assert brakes() != line and "π̂, λ = 10" in tab.inner_text("#token") and tab.inner_text("#brake-lam") == "10"
     tab.keyboard.press("Home")
     assert shown()[1]["π̂"] == shown()[1]["π"]  # at λ = 0

@@ -271,6 +271,28 @@ def test_only_what_is_missing_is_run(tmp_path, monkeypatch, capsys):
         tables.write_table(folder / f"{name}.csv", whole[name])
 
 
+def test_cases_of_the_same_stages_are_trained_together_and_gathered_after_an_error(tmp_path, monkeypatch):
+    cases = {"a": "--loss sft", "b": "--loss topr", "c": "--task slips", "d": "--loss nsr --diagnostics", "e": "--base-steps 9"}
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"some": (lambda runs: cases, range(2))})
+    asked = []
+
+    def trained(args, runs):
+        asked.append([settings["loss"] for settings in runs.values()])
+        for name, settings in runs.items():
+            made = fake_run(tmp_path / "runs" / name, settings["seed"])
+            (made / "config.json").write_text(json.dumps({**settings, "steps": 10, "environment": {"cpu": "x"}}))
+        if args.diagnostics:
+            raise UserError("one of them failed")
+
+    settings_of = train.run_settings
+    monkeypatch.setattr(train, "run_settings", lambda args: {k: {**v, "steps": 10} for k, v in settings_of(args).items()})
+    monkeypatch.setattr(train, "main", trained)
+    with pytest.raises(SystemExit):
+        experiments.run(["some", "--out", str(tmp_path / "runs"), "--to", str(tmp_path / "tables")])
+    assert asked == [["sft", "sft", "topr", "topr"], ["off_rl", "fpa", "off_rl", "fpa"], ["nsr", "nsr"]]
+    assert len(results.read_tables(tmp_path / "tables")) == 10
+
+
 def test_an_experiment_is_run_gathered_and_then_held(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "EXPERIMENTS", {"tiny": (lambda runs: {"": " ".join([*TINY, "--diagnostics"])}, [0])})
     flags = ["--out", str(tmp_path / "runs"), "--to", str(tmp_path / "tables"), "--jobs", "1"]
@@ -548,13 +570,25 @@ def test_figures_are_those_of_the_tables(name):
     assert Image.open(FOLDER / "figures" / f"{name}.png").text["Description"] == drawing.fingerprint(chosen)
 
 
-@pytest.mark.parametrize("name", ["drag", "tokens", "entanglement", "targets"])
-def test_figures_of_the_default_task_are_those_of_its_main_runs(name):
-    figure, chosen = plots.FIGURES[name](results.read_folder(Path("results")))
+COMMITTED = sorted([*Path("results/figures").glob("*.png"), *Path("results/smollm2/figures").glob("*.png")])
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=str)
+def test_other_figures_are_those_of_their_runs(path):
+    figure, chosen = plots.FIGURES[path.stem](results.read_folder(path.parents[1]))
     check_hygiene(figure)
     drawing.plt.close(figure)
-    assert {run.config["seed"] for run in chosen} <= set(range(5)) and all("main" in run.experiments for run in chosen)
-    assert Image.open(Path("results/figures") / f"{name}.png").text["Description"] == drawing.fingerprint(chosen)
+    if path.parents[1] == Path("results"):  # of the default task, and of no tuning
+        assert {run.config["seed"] for run in chosen} <= set(range(5)) and all("main" in run.experiments for run in chosen)
+    assert Image.open(path).text["Description"] == drawing.fingerprint(chosen)
+
+
+@pytest.mark.parametrize("folder, low, high", [("results/slips", 0, 10), ("results", -1000, -10)])
+def test_the_pair_near_the_10th_percentile_moves_as_findings_says(folder, low, high):
+    (run,) = [run for run in plots.FIGURES["tokens"](results.read_folder(Path(folder)))[1] if run.config["loss"] == "off_rl"]
+    drawing.plt.close("all")
+    table = run.tables["tokens"]
+    assert run.config["seed"] == 0 and low < drawing.by_drag(table)[drawing.pair_at(drawing.HIT, table)] < high
 
 
 # --- the findings
