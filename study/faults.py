@@ -64,18 +64,17 @@ def zero_one(logits, ref_logits, tokens, mask, reward, lam=2.0):
 @dataclass(frozen=True)
 class Fault:
     loss: callable
-    said: str  # what is wrong
     look: str  # where a log shows it
 
 
 FAULTS = {
-    "not_detached": Fault(not_detached, "the coefficient is not detached",
+    "not_detached": Fault(not_detached,
         "whose loss falls on and on, as a value does that is really minimised?"),
-    "no_length": Fault(no_length, "the weight is exp of the sum over tokens, without 1 / |y|",
+    "no_length": Fault(no_length,
         "how large are the loss and the gradient's norm beside the right run's?"),
-    "wrong_sign": Fault(wrong_sign, "incorrect rows are raised, as if they were correct",
+    "wrong_sign": Fault(wrong_sign,
         "which way does the incorrect rows' log-ratio go in the first 50 steps?"),
-    "zero_one": Fault(zero_one, "the reward is 1 or 0, so that incorrect rows are left out",
+    "zero_one": Fault(zero_one,
         "do the incorrect rows fall by themselves, or are they pushed?"),
 }  # fmt: skip
 KEY = dict(zip("abcd", sorted(FAULTS, key=lambda name: hashlib.sha256(name.encode()).hexdigest())))
@@ -114,7 +113,7 @@ def make(out, steps, to):
     world, rows = lesson.world(out), []
     for run, loss in {RIGHT: fpa_loss, **{letter: FAULTS[name].loss for letter, name in KEY.items()}}.items():
         print(f"run {run}")
-        _, log = lesson.train_with(loss, world, steps, min(EVERY, steps))
+        log = lesson.train_with(loss, world, steps, min(EVERY, steps))
         rows += [{"run": run, **dict(zip(log, row))} for row in zip(*log.values())]
     write_csv(to, [{name: row[name] for name in ("run", "step", *SHOWN)} for row in rows])
 

@@ -27,7 +27,8 @@ from toy_math.tokenizer import decode
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs/lesson"
-SEED, LR, BATCH, BETA = 0, 2e-4, 64, 0.1  # train.py's defaults
+SEED, LR, BATCH, SAMPLES = 0, 2e-4, 64, 16  # train.py's defaults
+BETA = losses.LOSSES["dpo"].defaults["beta"]
 NAMED = ("logratio_correct", "logratio_incorrect")
 
 
@@ -86,6 +87,13 @@ def guessed(*guesses):
     return not missing
 
 
+def solved(right):
+    """Whether an exercise is solved; says so where it is not."""
+    if not right:
+        print("Solve the exercise first, then run this cell again.")
+    return right
+
+
 def compare(guess, measured, what):
     """Print a guess beside what came out."""
     if isinstance(measured, str):
@@ -98,7 +106,7 @@ def compare(guess, measured, what):
 
 
 def train_with(loss, world, steps=200, every=50):
-    """Train a copy of the base model with loss(logits, ref_logits, tokens, mask, reward): (policy, {column: list}).
+    """Train a copy of the base model with loss(logits, ref_logits, tokens, mask, reward): {column: list}.
 
     The rows of each step, the optimizer and the evaluations are those of train.py's run of seed 0. So the log can lie over its
     curves. A loss with off_rl_loss's arguments is to be wrapped: lambda logits, ref_logits, *rest: off_rl_loss(logits, *rest).
@@ -107,7 +115,7 @@ def train_with(loss, world, steps=200, every=50):
     optimizer = adamw(model.parameters(), LR)
     order = batch_order(world.rollouts.reward, steps, BATCH, SEED)
     asked = dataclasses.replace(world, test=world.test[:1])  # the validation problems are enough
-    exam = train.Exam(SimpleNamespace(loss="fpa", seed=SEED, lam=2.0, eval_samples=16, steps=steps), asked)
+    exam = train.Exam(SimpleNamespace(loss="fpa", seed=SEED, lam=2.0, eval_samples=SAMPLES, steps=steps), asked)
     rows, since = [], []  # since: loss and norm of each step since the last row
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
@@ -120,7 +128,7 @@ def train_with(loss, world, steps=200, every=50):
             b = world.rollouts[order[step]]
             value = loss(model(b.inputs, b.start), b.ref_logits, b.tokens, b.mask, b.reward)
             since.append((value.item(), update(model, optimizer, value).item()))
-    return model, {name: [row[name] for row in rows] for name in rows[0] if not name.startswith("test_")}
+    return {name: [row[name] for row in rows] for name in rows[0] if not name.startswith("test_")}
 
 
 def walk(world, steps=300, measured=(*range(0, 60, 4), 60, 80, 100), others=32):
@@ -132,8 +140,7 @@ def walk(world, steps=300, measured=(*range(0, 60, 4), 60, 80, 100), others=32):
     """
     policy, rollouts, run = copy.deepcopy(world.base), world.rollouts, SimpleNamespace(loss="off_rl", lam=0.0)
     order, rows = batch_order(rollouts.reward, steps, BATCH, SEED), []
-    seen = set(order[: max(measured) + 1].flatten().tolist())
-    chosen = torch.tensor([i for i in (rollouts.reward > 0).nonzero()[:, 0].tolist() if i not in seen][:others])
+    chosen = unseen(rollouts, order, measured, others)
     optimizer = adamw(policy.parameters(), LR)
     for step in range(steps):
         b = rollouts[order[step]]
@@ -147,6 +154,28 @@ def walk(world, steps=300, measured=(*range(0, 60, 4), 60, 80, 100), others=32):
             change = mean_logp(policy, rollouts[chosen]).item() - before
             rows.append({"step": step, "up": up, "down": down, "change": change})
     return policy, {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def unseen(rollouts, order, measured, count):
+    """Correct rows (count,) of no batch up to the last measured step; no measured batch has an answer to their problems."""
+    ids = rollouts.problem_ids
+    new = ~torch.isin(torch.arange(len(ids)), order[: max(measured) + 1])
+    new &= ~torch.isin(ids, ids[order[list(measured)]])
+    chosen = (new & (rollouts.reward > 0)).nonzero()[:count, 0]
+    assert len(chosen) == count
+    return chosen
+
+
+def fastest_fall(batches):
+    """The step of `walk` after which the other correct rows fell most."""
+    return min(zip(batches["change"], batches["step"]))[1]
+
+
+def print_batches(batches):
+    """A line for each measured step of `walk`."""
+    for step, up, down, change in zip(*batches.values()):
+        wins = "   <- down wins" if down > up else ""
+        print(f"step {step:3}   up {up:8.3f}   down {down:8.3f}   change {change:+.3f} nats{wins}")
 
 
 def mean_logp(policy, b):
@@ -198,18 +227,19 @@ def push(world, policy, pair):
 
 
 def figure_step(world, policies, pair):
-    """`push` for each of {name: policy}, a panel each: what the shared prefix loses, and what the rest gains or loses."""
-    _, (text, _), first = texts_of(world, pair)
+    """`push` for each of {name: policy}, a panel each: what the shared tokens lose, and what the others gain or lose."""
+    _, (text, other), _ = texts_of(world, pair)
+    shared = torch.tensor([token == other[i : i + 1] for i, token in enumerate(text)])  # at the same place
     figure, axes = drawing.canvas(len(policies), 1, row_height=2.4)
     for axis, (name, policy) in zip(axes, policies.items()):
         change = push(world, policy, pair)[: len(text)]
-        colours = ["0.6" if i < first else drawing.colour_of("off_rl") for i in range(len(text))]
+        colours = ["0.6" if same else drawing.colour_of("off_rl") for same in shared]
         axis.bar(range(len(text)), change.tolist(), color=colours)
         axis.set_xticks(range(len(text)), text, family="monospace")
         axis.set_yscale("symlog", linthresh=1e-5)
         axis.axhline(0, color="0.3", linewidth=0.8)
-        sums = f"prefix {change[:first].sum():+.5f}, rest {change[first:].sum():+.5f}"
-        axis.set(title=f"correct row, from {name}: {sums} (grey: the prefix that the two share)", ylabel="Δ log π [nats]")
+        sums = f"shared tokens (grey) {change[shared].sum():+.5f}, others {change[~shared].sum():+.5f}"
+        axis.set(title=f"correct row, from {name}: {sums}", ylabel="Δ log π [nats]")
     return figure
 
 
@@ -230,7 +260,7 @@ def figure_batch(found):
 
 
 def figure_ratio(runs):
-    """C_l / C_w, the weight of incorrect rows over the weight of correct ones, as means of each run's batches."""
+    """The mean weight of incorrect rows, C_l |y|, over that of correct ones, as means of each run's batches."""
     methods = by_method(where(runs, loss=("off_rl", "fpa")))
     figure, (axis, *_) = drawing.canvas(1, 1, row_height=3.6)
     for colour, _, some in drawing.coloured(methods):

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -15,9 +16,10 @@ from conftest import ROOT
 from test_docs import table
 
 import losses
+import train
 from study import exercises, faults, lesson, notebooks
 from study.exercises import EXERCISES, MISTAKES
-from study.results import fpa_runs, where
+from study.results import fpa_runs, mean_and_interval, where
 
 FOLDER = ROOT / "docs/lesson"
 SOLUTIONS, STUDENT = nbformat.read(FOLDER / "solutions.ipynb", 4), nbformat.read(ROOT / "lesson.ipynb", 4)
@@ -62,7 +64,8 @@ def said(name, answer):
 @pytest.mark.parametrize("solved", [True, False])
 def test_both_notebooks_are_those_of_the_source(solved):
     committed = SOLUTIONS if solved else STUDENT
-    assert [cell.source for cell in notebooks.notebook(solved, "OWNER/REPOSITORY").cells] == [c.source for c in committed.cells]
+    (address,) = re.findall(r"github/([\w.-]+/[\w.-]+)/blob", committed.cells[0].source)  # a teacher's copy may have its own
+    assert [cell.source for cell in notebooks.notebook(solved, address).cells] == [c.source for c in committed.cells]
 
 
 def test_the_students_has_no_answers_and_no_output():
@@ -122,7 +125,7 @@ def test_the_unsolved_notebook_runs_and_tells_nothing(copy):
     made = notebooks.executed(notebooks.notebook(False, "OWNER/REPOSITORY"), copy)
     text = "\n".join(map(printed, code(made)))
     assert text.count("not yet: ") == len(EXERCISES) and "right: " not in text and "measured" not in text
-    assert text.count("Write your guess down first") == 8 and text.count("Solve the exercise first") == 1
+    assert text.count("Write your guess down first") == 7 and text.count("Solve the exercise first") == 2
     assert not any(output.output_type == "display_data" for cell in code(made) if "figure_logs" not in cell.source
                    for output in cell.outputs)  # fmt: skip
     assert "not filled in yet" in text and "Ellipsis" not in text
@@ -260,6 +263,13 @@ def graded(source, tmp_path):
 
 
 def test_grading_runs_a_constant_beside_the_function_and_nothing_else(tmp_path):
+    submission = nbformat.from_dict(SOLUTIONS)  # an import in the notebook's own cell of imports, which has a magic command
+    (cell,) = [cell for cell in submission.cells if "%matplotlib inline" in cell.source]
+    cell.source += "\nimport torch.nn.functional as F"
+    (cell,) = [cell for cell in submission.cells if "def dpo_brake" in cell.source]
+    cell.source = "def dpo_brake(w, x, beta):\n    return beta * F.sigmoid(torch.tensor(beta * (x - w))).item()\n"
+    nbformat.write(submission, tmp_path / "submission.ipynb")
+    assert "points: 100 of 100" in grade("--notebook", str(tmp_path / "submission.ipynb"))
     brake = "def dpo_brake(w, x, beta):\n    return ONE * beta / (ONE + math.exp(-beta * (x - w)))\n"
     assert "points: 100 of 100" in graded(f"EPS = ONE = 1.0\n{brake}", tmp_path)
     touched = tmp_path / "touched"
@@ -309,13 +319,43 @@ def test_what_the_lesson_says_of_the_stored_runs():
     assert all(f"accuracy at the end: {end:.2f}" in told for end in ends)
     ratios = lesson.forecast(fpa)
     assert ratios[10] < 1 < ratios[80]
-    shares = [run.tables["entanglement"]["share_net_below_0"].mean() for run in off_rl]
-    assert statistics.mean(shares) < 0.5  # a pair's own step mostly raises its correct row
+    assert all((run.tables["entanglement"]["share_net_below_0"] < 0.5).all() for run in off_rl)  # "at every evaluation"
+    dragged = [[run.log["logratio_correct_below_0"][1] for run in some] for some in (only, fpa)]
+    assert [round(edge(dragged[0]), 2) for edge in (min, max)] == [0.23, 0.39] and all(a < b for a, b in zip(*dragged))
+    mean, half = mean_and_interval([a.log["accuracy"][-1] - b.log["accuracy"][-1] for a, b in zip(only, fpa)])
+    assert f"is higher by {mean:.2f} ± {half:.2f}, seed by seed" in SOURCE
+    ratios = [[run.log["coefficient_incorrect"] / run.log["coefficient_correct"] for run in some] for some in (only, fpa)]
+    assert all((a[1:6] < b[1:6]).all() and a[-1] > b[-1] for a, b in zip(*ratios))  # "until about step 500"
+    args = train.parse_args([])
+    assert (args.prompts, args.rollouts, args.eval_samples) == ([1024], 8, lesson.SAMPLES)
+    assert "answered each of 1,024 problems eight times" in SOURCE
 
 
 def test_what_the_lesson_says_of_the_brakes():
     _, brakes = lesson.figure_brakes(fpa_runs(lesson.stored())[0], exercises.dpo_brake)
     assert brakes["FPA"][1] < 0.3 < 0.4 < brakes["DPO"][1] < brakes["Off-RL"][1]
+    run, found = fpa_runs(lesson.stored())[0], {}
+    _, found["twice"] = lesson.figure_brakes(run, lambda w, x, beta: exercises.dpo_brake(w, x, 2 * beta))
+    _, found["alone"] = lesson.figure_brakes(run, lambda w, x, beta: exercises.dpo_brake(0, x, beta))
+    said = [brakes["DPO"][1], found["alone"]["DPO"][1], found["twice"]["DPO"][1], brakes["FPA"][1]]
+    assert [f"{value:.2f}" for value in said] == ["0.44", "0.46", "0.21", "0.29"] and all(f"{x:.2f}" in SOURCE for x in said)
+    assert statistics.mean(correct >= 0 for correct, *_ in lesson.sums_of(run)[100]) > 0.5  # "most of them rise"
+
+
+def test_the_rows_that_are_watched_share_no_problem_with_a_measured_batch():
+    ids, reward = torch.arange(40) // 4, torch.tensor([1.0, 1.0, -1.0, 1.0] * 10)
+    rollouts, order = SimpleNamespace(problem_ids=ids, reward=reward), torch.tensor([[0, 5], [9, 14], [17, 22], [26, 31]])
+    chosen = lesson.unseen(rollouts, order, (0, 2), 6)
+    assert chosen.tolist() == [8, 11, 12, 13, 15, 24]  # 9 is in a batch; of problems 0, 1, 4 and 5 an answer is measured
+
+
+def test_a_step_is_drawn_by_what_the_two_answers_share(tmp_path):
+    world = lesson.world(tmp_path)
+    (axis,) = lesson.figure_step(world, {"the base model": world.base}, lesson.pair_of(world)).axes
+    _, (correct, incorrect), _ = lesson.texts_of(world, lesson.pair_of(world))
+    grey = [bar.get_facecolor()[0] == pytest.approx(0.6) for bar in axis.patches]
+    assert grey == [a == b for a, b in zip(correct, incorrect)] and 0 < sum(grey) < len(grey)
+    assert sum(bar.get_height() for bar, same in zip(axis.patches, grey) if not same) > 0  # the push helps at first
 
 
 def test_the_brakes_are_numbers_with_torch_too_and_the_legend_says_beta():
