@@ -47,25 +47,22 @@ def batch(encode, eos):
 
 
 def train(model, encode, eos, steps=20, lam=2.0, lr=1e-3):
-    """Train in place, and return the loss's gradients of the first step by parameter."""
+    """Train in place."""
     reference = copy.deepcopy(model).eval()  # what sampled the answers; training starts here
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0)
     tokens, real, mask, reward = batch(encode, eos)
     with torch.no_grad():  # (B, T, V) floats: 16 rows of 512 tokens take 5 GB at V = 152,000; full_scale/chunked.py avoids them
         ref_logits = reference(tokens, attention_mask=real).logits.float()
-    first = None
     for step in range(steps):
         logits = model(tokens, attention_mask=real).logits.float()  # in float32, since lam magnifies rounding
         loss = fpa_loss(logits, ref_logits, tokens, mask, reward, lam)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        first = first or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         logratio = (token_logps(logits, tokens, mask) - token_logps(ref_logits, tokens, mask)).sum(-1)  # watch it, not the loss
         correct, incorrect = logratio[reward > 0].mean(), logratio[reward < 0].mean()
         print(f"step {step:3}   log-ratio correct {correct:+.2f}   incorrect {incorrect:+.2f}")
-    return first
 
 
 if __name__ == "__main__":

@@ -232,9 +232,9 @@ def read_lines(path, parse, skip_bad=False, say=print, lines=lines_of):
     if not parsed and not bad:
         raise UserError(f"{path}: empty")
     if bad:
-        lines = "; ".join(f"line {number}: {reason}" for number, reason in list(bad.items())[:SHOWN])
+        named = "; ".join(f"line {number}: {reason}" for number, reason in list(bad.items())[:SHOWN])
         more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        said = f"{path}: {len(bad)} of {len(bad) + len(parsed)} lines are bad: {lines}{more}"
+        said = f"{path}: {len(bad)} of {len(bad) + len(parsed)} lines are bad: {named}{more}"
         if not skip_bad or not parsed:
             raise UserError(said)
         say(f"left out      {said}")

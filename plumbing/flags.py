@@ -51,7 +51,7 @@ def checked(kind, accepts, described):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or not accepts(value):
+        if not accepts(value) or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be {described}, not {text!r}{spelling(text, kind, accepts)}")
         return value + 0  # -0.0 is 0.0
 

@@ -33,9 +33,8 @@ def workers(count):
     A second Ctrl-C ends them at once.
     """
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker) as pool:
-        handler = signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # as the workers inherit it: Ctrl-C is the parent's, who ends them
+        # the workers inherit it: Ctrl-C is for the parent, which ends them
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         for _ in range(count):
             pool.submit(int)  # starts one
         signal.signal(signal.SIGINT, handler)

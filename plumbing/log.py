@@ -53,7 +53,7 @@ class Steps:
 
     def finite(self, columns):
         """Which of the steps are finite (steps,)."""
-        return torch.stack([columns[name].isfinite() for name in ("loss", "grad_norm") if name in columns]).all(dim=0)
+        return torch.stack([columns[name].isfinite() for name in ("loss", "grad_norm")]).all(dim=0)
 
     def raise_if_not_finite(self):
         """Raises NonFiniteError that names the first step beyond those that are tolerated, and its problems."""
@@ -63,9 +63,8 @@ class Steps:
         bad = (~self.finite(columns)).nonzero()[:, 0].tolist()
         if self.skipped + len(bad) > self.tolerated:
             at = bad[self.tolerated - self.skipped]
-            said = f"{self.what}step {self.first + at + 1}: loss {columns['loss'][at]:g}"
-            if "grad_norm" in columns:
-                said += f", gradient norm {columns['grad_norm'][at]:g}"
+            loss, norm = columns["loss"][at], columns["grad_norm"][at]
+            said = f"{self.what}step {self.first + at + 1}: loss {loss:g}, gradient norm {norm:g}"
             if self.ids is not None:
                 said += f"; problem ids of its batch: {self.ids[self.first + at].unique().tolist()}"
             if self.tolerated:
@@ -85,7 +84,7 @@ class Steps:
 
     def restore(self, state):
         self.first, self.skipped = state["first"], state["skipped"]
-        self.numbers = {name: list(values) for name, values in state.get("numbers", {}).items()}
+        self.numbers = {name: list(values) for name, values in state["numbers"].items()}
 
 
 class Log:
@@ -195,10 +194,11 @@ def progress_line(row, steps, eta):
 
 
 def environment(device):
-    """What fixes the last digits of a run, for config.json: the device, threads, torch, and the processor's name."""
+    """What fixes the last digits of a run, for config.json: the device, threads, torch, and the processor."""
     cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
+    with contextlib.suppress(OSError, KeyError), open("/proc/cpuinfo") as file:
+        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in file)}
+        cpu = f"{facts['model name']} (family {facts['cpu family']}, model {facts['model']})"  # one name has several models
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": cpu}
 
 

@@ -59,9 +59,9 @@ def pair_rows(pairs=PAIRS, ops=OPS):
     rng, rows = random.Random(0), []
     for slipped in (False, True):
         for problem in draw_problems(pairs, ops, "train", random.Random(1)):
-            completion, slips = write_trace(problem)
-            while slipped and not slips:
-                completion, slips = write_trace(problem, 0.12, rng)
+            completion, mistakes = write_trace(problem)
+            while slipped and not mistakes:
+                completion, mistakes = write_trace(problem, 0.12, rng)
             rows.append({"prompt": problem.prompt, "completion": completion, "finished": True})
     return rows
 

@@ -15,9 +15,11 @@ import sys
 from pathlib import Path
 
 import train
+from plumbing.files import digest
 from study import tune
 from study.results import SEEDS
 from study.tables import BASES, copy_stages, gather, held, identity, run_names
+from toy_math.stages import stage_settings
 
 FIVE, PILOT = range(5), range(2000, 2005)
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)  # of the grids, which tune one number alone
@@ -215,14 +217,21 @@ def gather_known(out, folder):
 
 
 def run_experiment(name, args):
-    """Train what is missing of an experiment, and gather it case by case."""
+    """Train what is missing of an experiment, and gather what is finished, after an error too.
+
+    Cases of the same stages are trained together, so that no core waits for the last run of a case.
+    """
     copy_stages(BASES, args.out)
-    count = 0
+    together = {}  # {what train.py takes from a command beside its runs: (the command, the runs)}
     for case in commands(name, held(args.to)[0], args.out, args.jobs).values():
         if todo := missing(case, *held(args.to)):
+            same = digest([stage_settings(case, 0, 0), case.diagnostics])
+            together.setdefault(same, (case, {}))[1].update(todo)
+    try:
+        for case, todo in together.values():
             train.main(case, todo)
-            count += gather_known(args.out, args.to)
-    count += gather_known(args.out, args.to)
+    finally:
+        count = gather_known(args.out, args.to)
     print(f"gathered      {count} new runs into {args.to}, from {args.out}")
 
 

@@ -109,7 +109,9 @@ class Claim(NamedTuple):
         tested = [m for m in self.measured if m.side]
         if any(len(m.values) < 2 for m in tested):
             return None
-        return max(m.p_for for m in tested), min(1.0, len(tested) * min(m.p_against for m in tested))
+        # a number of a run that diverged is NaN, and speaks neither for the claim nor against it
+        for_it, against = (np.nan_to_num([getattr(m, name) for m in tested], nan=1.0) for name in ("p_for", "p_against"))
+        return float(for_it.max()), min(1.0, len(tested) * float(against.min()))
 
 
 def holm(claims, count=COUNT):

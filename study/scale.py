@@ -12,6 +12,7 @@ import sys
 import torch
 
 from losses import objective
+from plumbing.files import UserError
 from study import changed, experiments
 from study.results import SEEDS
 from study.tables import BASES, copy_stages, gather, held, identity, run_names
@@ -74,6 +75,8 @@ def run_scale(name, args):
         runs, _ = held(args.to)
         cases = members(runs)
         lacking = [settings for some in cases.values() for run, settings in some.items() if run not in runs]
+        if not lacking and "AdamW" not in cases:
+            raise UserError(f"{args.to}: AdamW's rate comes from the runs of `python -m study.experiments lambda-grid`")
         if not lacking:
             return print(f"all of its {sum(map(len, cases.values()))} runs are in {args.to}")
         command = experiments.command_of("--loss fpa", sorted({s["seed"] for s in lacking}), args.out, args.jobs)

@@ -170,9 +170,11 @@ def tune(name, args):
         runs = {key: value for missing in found.missing for key, value in runs_of(name, *missing).items()}
         print(f"{name}: round {len(found.asked)}, {len(runs)} runs")
         seeds = sorted({seed for _, seed in found.missing})
-        train.main(flags_of(name, found.missing[0][0], *seeds, out=args.out, jobs=args.jobs), runs)
-        asked = [config for some in found.asked for drawn in some for config in runs_of(name, drawn, *SEEDS).values()]
-        gather(args.out, args.to, {f"tune-{name}": [identity(config) for config in asked]})
+        try:
+            train.main(flags_of(name, found.missing[0][0], *seeds, out=args.out, jobs=args.jobs), runs)
+        finally:  # after an error too
+            asked = [config for some in found.asked for drawn in some for config in runs_of(name, drawn, *SEEDS).values()]
+            gather(args.out, args.to, {f"tune-{name}": [identity(config) for config in asked]})
     print(line(name, held(args.to)[0]))
 
 

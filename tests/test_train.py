@@ -338,6 +338,9 @@ def test_every_setting_of_a_stage_is_in_its_key(flag, tmp_path):
     plain, changed = (train.parse_args(["--task", "habit", *words, "--out", str(tmp_path)]) for words in ([], flag.split()))
     before, after = (stages.stage_settings(args, args.seed[0], args.prompts[0]) for args in (plain, changed))
     assert before[1] != after[1] and (before[0] != after[0]) == (flag.split()[0] not in ("--prompts", "--rollouts"))
+
+
+def test_a_stage_is_made_anew_after_another_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("one")
     one = stages.digest({}, path)
@@ -345,7 +348,8 @@ def test_every_setting_of_a_stage_is_in_its_key(flag, tmp_path):
     assert stages.digest({}, path) != one
 
 
-def test_a_rollout_without_a_token_is_left_out(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [False, True])
+def test_a_rollout_without_a_token_is_left_out(every, finished, tmp_path, monkeypatch):
     """The policy may sample BOS or PAD at once; its mean log-probability would be 0/0."""
     shutil.copytree(finished[0] / "cache", tmp_path / "cache")
     for path in (tmp_path / "cache").glob("ro*"):
@@ -353,10 +357,15 @@ def test_a_rollout_without_a_token_is_left_out(finished, tmp_path, monkeypatch):
     original = stages.sample
 
     def sample(model, problems, *words):
-        (problem, *_), *others = original(model, problems, *words)
-        return [(problem, "", False, verify(problem, "", False)), *others]
+        sampled = original(model, problems, *words)
+        empty = [(problem, "", False, verify(problem, "", False)) for problem, *_ in sampled]
+        return empty if every else [empty[0], *sampled[1:]]
 
     monkeypatch.setattr(stages, "sample", sample)
+    if every:
+        with pytest.raises(files.UserError, match="no rollout has a token: change --base-steps"):
+            stages.prepare(train.parse_args([*TINY, "--out", str(tmp_path)]), 0, 24)
+        return
     data = stages.prepare(train.parse_args([*TINY, "--out", str(tmp_path)]), 0, 24).rollouts
     assert len(data) == 24 * 4 - 1 and data.length.min() > 0 and data.ref_logp_sum.isfinite().all()
     (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
@@ -446,7 +455,7 @@ BAD_FLAGS = [
     ("--lr inf", "--lr"),
     ("--seed -1", "--seed"),
     ("--seed 99999999999999999999", "--seed"),
-    ("--eval-temperature 1", "--eval-temperature"),  # there was such a flag
+    ("--seed " + "9" * 400, "--seed"),
     ("--device tpu", "cpu"),
     ("--nonsense", "--nonsense"),
     ("--loss sft --lam 1", "--lam"),
@@ -549,7 +558,7 @@ def test_no_hint_is_better_than_one_that_is_refused_again(words, tmp_path, capsy
     assert code == 2 and "write" not in error and "did you mean" not in error
 
 
-def test_a_hyperparameters_bounds_are_its_flags(capsys):
+def test_a_bound_is_at_least_or_above():
     for at_least, above, good, bad in ((1, None, 1.0, 0.9), (None, 3, 3.1, 3.0), (0, 0, 0.1, 0.0), (None, None, -5.0, None)):
         parse = flags.bounded(at_least, above)
         assert parse(str(good)) == good

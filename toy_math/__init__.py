@@ -1,1 +1,1 @@
-"""The toy task: two-digit arithmetic with step-by-step traces, slips, a tokenizer, a verifier and rollouts."""
+"""The toy task: two-digit arithmetic with step-by-step traces, mistakes, a tokenizer, a verifier and rollouts."""

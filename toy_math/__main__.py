@@ -31,9 +31,9 @@ def wrong_trace(problems, task, rng):
     slip, habit = TASKS[task]["slip"], TASKS[task]["habit"]
     for problem in itertools.cycle(problems):
         clean, _ = write_trace(problem)
-        wrong, slips = write_trace(problem, slip, rng, habit)
-        if len(slips) == 1 and wrong[-2:] != clean[-2:] and (slips[0].kind == "habit") == (habit > 0):
-            return problem, clean, wrong, slips[0]
+        wrong, mistakes = write_trace(problem, slip, rng, habit)
+        if len(mistakes) == 1 and wrong[-2:] != clean[-2:] and (mistakes[0].kind == "habit") == (habit > 0):
+            return problem, clean, wrong, mistakes[0]
 
 
 def show(args):
@@ -69,7 +69,7 @@ def run(argv=None):
     parser.add_argument("rollouts", nargs="?", type=printable_path, metavar="ROLLOUTS.jsonl",
         help="rollouts of a run, e.g. runs/cache/rollouts-….jsonl")  # fmt: skip
     parser.add_argument("--task", type=one_of(TASKS), default=DEFAULT_TASK, metavar="NAME", help="errors of the corpus: habit, "
-        f"systematic ones, or slips, random ones alone (default: {DEFAULT_TASK})")  # fmt: skip
+        f"systematic and random ones, or slips, random ones alone (default: {DEFAULT_TASK})")  # fmt: skip
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="seed of the problems and errors (default: 0)")
     args = parser.parse_args(argv)
     with command(parser.prog):

@@ -41,8 +41,8 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Slip:
-    """An error of either sort."""
+class Mistake:
+    """A wrong step: a slip, or the habit."""
 
     step: int  # 1 is the first step
     kind: str  # "habit", or a key of `slip_results`
@@ -96,7 +96,7 @@ def slip_results(op, value, digit):
         "off_by_one": [true - 1, true + 1],
         "off_by_two": [true - 2, true + 2],
         "off_by_ten": [true - 10, true + 10],
-        "forgotten_carry": [true - 10 * carry] if carry % 10 else [],
+        "forgotten_carry": [true - 10 * carry] if carry else [],
     }
     return {kind: [r % MODULUS for r in results] for kind, results in kinds.items() if results}
 
@@ -109,31 +109,31 @@ def habit_result(op, value, digit):
 
 
 def write_trace(problem, slip_rate=0.0, rng=random, habit_rate=0.0):
-    """Solve a problem step by step: (trace, [Slip, ...]).
+    """Solve a problem step by step: (trace, [Mistake, ...]).
 
     A step that needs a carry or borrow with a digit of 7, 8 or 9 forgets it with probability `habit_rate`. Any other step, or
     one that did not forget, slips with probability `slip_rate`.
     """
-    value, text, slips = problem.start, [], []
+    value, text, mistakes = problem.start, [], []
     for step, (op, digit) in enumerate(problem.ops, start=1):
         result = apply(op, value, digit)
         forgotten = habit_result(op, value, digit) if habit_rate else None
         if forgotten is not None and rng.random() < habit_rate:
             result = forgotten
-            slips.append(Slip(step, "habit"))
+            mistakes.append(Mistake(step, "habit"))
         elif slip_rate and rng.random() < slip_rate:
             wrong = slip_results(op, value, digit)
             kind = rng.choice(list(wrong))
             result = rng.choice(wrong[kind])
-            slips.append(Slip(step, kind))
+            mistakes.append(Mistake(step, kind))
         text.append(f"{value:02d}{op}{digit}={result:02d};")
         value = result
-    return "".join(text) + f"#{value:02d}", slips
+    return "".join(text) + f"#{value:02d}", mistakes
 
 
 def verify(problem, completion, finished=True):
     """Recompute the answer and compare. `finished` says whether the completion ended with EOS; one that did not is
-    malformed. Only the final answer decides `correct`, so two slips that cancel out pass, as they would in public
+    malformed. Only the final answer decides `correct`, so two mistakes that cancel out pass, as they would in public
     verifiers of mathematical answers."""
     clean, _ = write_trace(problem)
     match = DERIVATION.fullmatch(completion)

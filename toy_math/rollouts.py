@@ -1,7 +1,8 @@
 """From problems to tensors: the corpus, rollouts of a policy as JSON lines, their overlap (C1), and evaluation.
 
 A rollout's line is `{"prompt", "completion", "label"}`, the unpaired preference format that TRL's trainers and
-`datasets.load_dataset("json", ...)` take, plus the problem's id, the first wrong step and whether the text is malformed.
+`datasets.load_dataset("json", ...)` take, plus `problem_id`, `first_wrong_step`, `malformed`, and `finished`, which
+says whether EOS was sampled.
 """
 
 import math
@@ -23,13 +24,13 @@ COOL_SAMPLES = 4  # of each problem, at temperature 0.7
 
 
 def corpus_rows(count, n_ops, slip_rate, rng, habit_rate=0.0):
-    """Solutions of training problems with errors, to imitate: rows that `pack` takes, with their [Slip, ...]."""
+    """Solutions of training problems with errors, to imitate: rows that `pack` takes."""
     rows = []
     while len(rows) < count:
         problem = draw_problem(n_ops, rng)
         if problem.split == "train":
-            completion, slips = write_trace(problem, slip_rate, rng, habit_rate)
-            rows.append({"prompt": problem.prompt, "completion": completion, "finished": True, "slips": slips})
+            completion, _ = write_trace(problem, slip_rate, rng, habit_rate)
+            rows.append({"prompt": problem.prompt, "completion": completion, "finished": True})
     return rows
 
 

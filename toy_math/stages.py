@@ -133,8 +133,7 @@ def base_model(args, seed, settings, path):
         for step in keeper.steps():
             optimizer.param_groups[0]["lr"] = BASE_LR * warmup_cosine(step, warmup, args.base_steps)
             loss = -token_logps(model(tokens[step]), tokens[step], mask[step]).sum() / mask[step].sum()
-            update(model, optimizer, loss)
-            steps.add(loss=loss)
+            steps.add(loss=loss, grad_norm=update(model, optimizer, loss))
         steps.raise_if_not_finite()
         write_tensors(path, model.state_dict())
         write_beside(path, settings)
@@ -171,6 +170,8 @@ def sampled_rollouts(args, seed, model, problems, path):
     samples = sample(model, problems, args.rollouts, 1.0, seeded(args.device, seed, "rollouts"), bar)
     # one that begins with BOS or PAD has no token to train on
     rows = [row for row in rollout_rows(samples) if row["completion"] or row["finished"]]
+    if not rows:
+        raise UserError("no rollout has a token: change --base-steps, --prompts or --rollouts")
     seconds = time.time() - began
     facts = {"sampling_seconds": seconds, "share_correct": sum(row["label"] for row in rows) / len(rows), **overlap(rows)}
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -75,6 +75,10 @@ def test_the_runs_go_from_the_grid_to_the_cases_and_into_the_tables(tmp_path, mo
     monkeypatch.setattr(scale, "RATES", (0.01, 0.1))
     monkeypatch.setattr(scale, "SEEDS", (3000,))
     where = ["--out", str(tmp_path / "runs"), "--to", str(tmp_path / "tables"), "--jobs", "2"]
+    with monkeypatch.context() as without_grid, pytest.raises(SystemExit) as stopped:
+        without_grid.setattr(experiments, "at_best", lambda name, runs: {})
+        scale.run(["all", *where])
+    assert stopped.value.code == 2 and "python -m study.experiments lambda-grid" in capsys.readouterr().err
     scale.run(["all", *where])
     runs = results.read_folder(tmp_path / "tables")
     assert len(runs) == 2 * 2 + 4 and all(run.config["loss"] == "fpa" for run in runs)

@@ -72,6 +72,9 @@ def test_a_claim_holds_where_all_its_numbers_do_and_fails_where_one_fails():
     assert for_both[0] == pytest.approx(0.03709, abs=1e-5)
     p_for, p_against = Claim("", [good, bad], "").p
     assert p_for > 0.99 and p_against == pytest.approx(2 * bad.p_against)
+    diverged = number([1.0, np.nan, 1.2], ">")
+    assert Claim("", [good, diverged], "").p[0] == Claim("", [diverged, good], "").p[0] == 1.0
+    assert Claim("", [bad, diverged], "").p[1] == Claim("", [diverged, bad], "").p[1] == pytest.approx(2 * bad.p_against)
     assert Claim("", [good, number([], ">")], "").p is None and Claim("", [good, number([1.0], ">")], "").p is None
 
 
