@@ -85,7 +85,7 @@ class Measured(NamedTuple):
         if self.ratio:
             mean, half = mean_and_interval(np.log(self.values))
             mean, low, high = (digits(math.exp(x)) for x in (mean, mean - half, mean + half))
-            numbers = f"{mean}, {low} to {high}"
+            numbers = mean if math.isnan(half) else f"{mean}, {low} to {high}"
         else:
             numbers = " ± ".join(digits(x) for x in mean_and_interval(self.values) if not math.isnan(x))
         flip = (

@@ -85,7 +85,7 @@ def test_a_ten_step_run_writes_its_files_and_columns(finished):
         samples = (folder / "samples.txt").read_text()
         assert samples.count("right  ") == 5 and samples.count("wrong  ") == 5 and samples in printed
     assert "step    10/10" in printed and "ETA" in printed
-    for name in ("dynamics", "prolonged"):
+    for name in ("drag", "dynamics"):
         assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(out.rglob("*.part"))
 

@@ -125,7 +125,7 @@ def test_the_unsolved_notebook_runs_and_tells_nothing(copy):
     made = notebooks.executed(notebooks.notebook(False, "OWNER/REPOSITORY"), copy)
     text = "\n".join(map(printed, code(made)))
     assert text.count("not yet: ") == len(EXERCISES) and "right: " not in text and "measured" not in text
-    assert text.count("Write your guess down first") == 7 and text.count("Solve the exercise first") == 2
+    assert text.count("Write your guess down first") == 8 and text.count("Solve the exercise first") == 2
     assert not any(output.output_type == "display_data" for cell in code(made) if "figure_logs" not in cell.source
                    for output in cell.outputs)  # fmt: skip
     assert "not filled in yet" in text and "Ellipsis" not in text
@@ -325,7 +325,7 @@ def test_what_the_lesson_says_of_the_stored_runs():
     mean, half = mean_and_interval([a.log["accuracy"][-1] - b.log["accuracy"][-1] for a, b in zip(only, fpa)])
     assert f"is higher by {mean:.2f} ± {half:.2f}, seed by seed" in SOURCE
     ratios = [[run.log["coefficient_incorrect"] / run.log["coefficient_correct"] for run in some] for some in (only, fpa)]
-    assert all((a[1:6] < b[1:6]).all() and a[-1] > b[-1] for a, b in zip(*ratios))  # "until about step 500"
+    assert all((a[1:5] < b[1:5]).all() and a[-1] > b[-1] for a, b in zip(*ratios))  # "until about step 500"
     args = train.parse_args([])
     assert (args.prompts, args.rollouts, args.eval_samples) == ([1024], 8, lesson.SAMPLES)
     assert "answered each of 1,024 problems eight times" in SOURCE

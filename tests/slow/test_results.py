@@ -457,7 +457,8 @@ def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
         {"loss": "constant", "weight": 0.25}, {**FPA, "loss": "sharpened"}, {"loss": "grpo", "dapo": False},
     ]  # fmt: skip
     for seed in (0, 1):
-        for method in [*methods, {"prompts": 16}, {**FPA, "prompts": 16}, {**FPA, "lr": 1e-4}, {"steps": 20}]:
+        longer = [{"steps": 20}, {**FPA, "steps": 20}]
+        for method in [*methods, {"prompts": 16}, {**FPA, "prompts": 16}, {**FPA, "lr": 1e-4}, *longer]:
             folder = fake_run(tmp_path / "runs" / str(count), seed, 0.5 + 0.1 * seed, **method)
             count += 1
             header = "step,a,b,g,cosine,share_g_above_a,net,share_net_below_0\n"
@@ -479,7 +480,7 @@ def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
     assert [(line.get_color(), line.get_ydata()[0]) for line in net.lines[:2]] == list(zip(colours, (-3, 4)))
     shares = {(line.get_color(), line.get_linestyle(), line.get_ydata()[0]) for line in axes["entanglement"][2].lines[:4]}
     assert shares == {(colours[0], "-", 0.8), (colours[1], "-", 0.3), (colours[0], "--", 0.5), (colours[1], "--", 0.5)}
-    first, rows = axes["forecast"], [("KL", 0.5), ("Coefficients", 0.125), ("Rank correlation of coefficients", 0.1)]
+    first, rows = axes["forecast"], [("KL", 0.5), ("π̄", 0.125), ("Rank correlation of π̄", 0.1)]
     for title, height in rows:  # at t' = (1 + lam) t, for t of 20
         (axis,) = [axis for axis in first if axis.get_title() == title]
         assert [line.get_ydata()[1] for line in axis.lines if len(line.get_xdata()) == 6][0] == pytest.approx(height)
@@ -516,8 +517,8 @@ def test_the_heat_map_shows_a_pair_that_is_hit_and_the_median_one(tmp_path):
     figure, chosen = plots.FIGURES["tokens"](results.read_runs(results.run_folders(tmp_path)))
     assert [run.config["loss"] for run in chosen] == ["off_rl", "fpa"] and len(figure.axes) == 5  # a colour bar too
     titles = [axis.get_title() for axis in figure.axes[:4]]
-    assert titles[0] == "10th-percentile pair, correct trace: in all -8.5 nats under Off-RL, +9.5 nats under FPA, λ = 2"
-    assert titles[2] == "median pair, correct trace: in all -0.5 nats under Off-RL, +1.5 nats under FPA, λ = 2"
+    assert titles[0] == "10th-percentile pair, correct answer: in all -8.5 nats under Off-RL, +9.5 nats under FPA, λ = 2"
+    assert titles[2] == "median pair, correct answer: in all -0.5 nats under Off-RL, +1.5 nats under FPA, λ = 2"
     for axis, drag in zip(figure.axes[:4], (-9, -9, -1, -1)):
         first = axis.images[0].get_array()[:, 0].tolist()
         assert first == pytest.approx([drag * part * sign for sign in (1, -1) for part in (0.1, 0.5, 1)])

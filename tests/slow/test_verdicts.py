@@ -50,6 +50,7 @@ def test_p_by_hand(values, side, bound, p_for, p_flip):
 
 
 def test_a_ratio_is_tested_by_its_logarithm():
+    assert str(Measured("x", np.array([2.0]), ratio=True)) == "x: 2.00"  # of one seed there is no interval
     made, logs = number([0.5, 0.25, 0.125], "<", 1, ratio=True), np.log([0.5, 0.25, 0.125])
     assert made.p_for == pytest.approx(stats.ttest_1samp(logs, 0, alternative="less").pvalue)
     mean, half = results.mean_and_interval(logs)
