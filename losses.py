@@ -1,7 +1,7 @@
 """The losses: Future Policy Approximation (FPA, arXiv 2509.19893) whole and copyable, then its neighbours, then one table.
 
 `fpa_loss` is for you to copy, with `future_logits`, `token_logps` and `checked_length` below it. train.py gets its gradient
-from `objective`, which calls `fpa`, and `fpa_form` for the other losses' FPA forms.
+from `objective`, which calls `fpa`, and `surrogate` for the other losses' FPA forms.
 
 Names: `logp_sum` is log pi(y|x) summed over a completion's tokens, `length` is their number |y|, logp_mean = logp_sum / length.
 exp(logp_mean), in (0, 1], is the paper's pi_bar. `logratio` is logp_sum under pi_theta less that under pi_ref, pi_hat the
@@ -115,12 +115,19 @@ def fpa(logp_sum, future_logp_sum, length, reward, target="both"):
 
 
 def fpa_form(logp_sum, reward, present, future, target="both", pairs=False):
-    """A loss with its C at the future policy: all (B,) -> a scalar to minimise, and the coefficients used (B,).
+    """A loss of C >= 0 with C at the future policy: all (B,) -> a scalar to minimise, and the coefficients used (B,).
 
-    present and future are the loss's coefficients C >= 0 at pi_theta and at pi_hat. With `off_rl`'s C this is FPA. `pairs`: the
-    rows are pairs, and the mean is over pairs, as in DPO. The scalar is a surrogate, as `fpa_loss` is. ValueError on an unknown
-    target.
+    present and future are the loss's coefficients C at pi_theta and at pi_hat. With `off_rl`'s C this is FPA. `pairs`: the rows
+    are pairs, and the mean is over pairs, as in DPO. The scalar is a surrogate, as `fpa_loss` is. Raises ValueError where the
+    target is unknown or a coefficient is negative, as it is where you pass log-probabilities.
     """
+    if (present < 0).any() or (future < 0).any():
+        raise ValueError("present and future must be coefficients C >= 0, as the losses return them, not log-probabilities")
+    return surrogate(logp_sum, reward, present, future, target, pairs)
+
+
+def surrogate(logp_sum, reward, present, future, target, pairs):
+    """`fpa_form` without its check, which would synchronise a GPU at every step."""
     coefficient = torch.where(target_rows(reward, target), future, present).detach()
     return (-reward * coefficient * logp_sum).sum() / (len(reward) // (1 + pairs)), coefficient
 
@@ -407,4 +414,4 @@ def objective(batch, run):
     at_future = copy.copy(batch)
     at_future.logp_sum = batch.future_logp_sum
     at_future.logratio = batch.logratio.detach() + (batch.future_logp_sum - batch.logp_sum.detach())
-    return fpa_form(batch.logp_sum, batch.reward, coefficient, loss(at_future, run)[1], run.target, loss.pairs)
+    return surrogate(batch.logp_sum, batch.reward, coefficient, loss(at_future, run)[1], run.target, loss.pairs)

@@ -134,8 +134,8 @@ def figure_drag(runs):
     bands = [
         Patch(color="0.3", alpha=a, linewidth=0, label=f"{low} % to {high} % of answers") for (low, high), a in SPREAD.items()
     ]
-    others = [Line2D([], [], color=c, label=name) for c, name in (("0.3", "median answer"), ("0.6", "base model"))]
-    legend(figure, methods, [*styles, *bands, *others])
+    lines = [Line2D([], [], color=c, label=name) for c, name in (("0.3", "median answer"), ("0.6", "base model"))]
+    legend(figure, methods, [*styles, *bands, *lines])
     return figure, chosen
 
 

@@ -223,8 +223,9 @@ def run_experiment(name, args):
     """
     copy_stages(BASES, args.out)
     together = {}  # {what train.py takes from a command beside its runs: (the command, the runs)}
-    for case in commands(name, held(args.to)[0], args.out, args.jobs).values():
-        if todo := missing(case, *held(args.to)):
+    runs, diagnosed = held(args.to)
+    for case in commands(name, runs, args.out, args.jobs).values():
+        if todo := missing(case, runs, diagnosed):
             same = digest([stage_settings(case, 0, 0), case.diagnostics])
             together.setdefault(same, (case, {}))[1].update(todo)
     try:

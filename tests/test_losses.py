@@ -393,6 +393,14 @@ def test_the_general_form_takes_the_mean_over_rows_or_pairs(pairs):
     assert loss.shape == ()
 
 
+def test_log_probabilities_where_coefficients_belong_are_refused():
+    logp_sum, reward = torch.tensor([-3.0, -4.0]), torch.tensor([1.0, -1.0])
+    good = torch.tensor([0.1, 0.2])
+    for present, future in ((logp_sum, good), (good, logp_sum), (logp_sum, logp_sum)):
+        with pytest.raises(ValueError, match="coefficients C >= 0.*not log-probabilities"):
+            fpa_form(logp_sum, reward, present, future)
+
+
 # --- the table
 
 

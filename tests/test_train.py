@@ -456,6 +456,7 @@ BAD_FLAGS = [
     ("--seed -1", "--seed"),
     ("--seed 99999999999999999999", "--seed"),
     ("--seed " + "9" * 400, "--seed"),
+    ("--eval-temperature 1", "--eval-temperature"),  # there was such a flag
     ("--device tpu", "cpu"),
     ("--nonsense", "--nonsense"),
     ("--loss sft --lam 1", "--lam"),
