@@ -25,6 +25,7 @@ FIVE, PILOT = range(5), range(2000, 2005)
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)  # of the grids, which tune one number alone
 GRID_SEEDS = (1000, 1001)
 TWO = ("off_rl", "fpa")
+ENDS = "--eval-every 5000"  # evaluations before the first step and after the last one alone, where no curve is asked for
 LAMBDAS = {0: "--loss off_rl", **{lam: f"--loss fpa --lam {lam}" for lam in (0.5, 1, 2, 5, 10)}}
 CASES = {  # {grid: {case: its flags}}; each case is then run at its own best rate
     "lambda": {f"λ = {lam}": flags for lam, flags in LAMBDAS.items()},
@@ -71,7 +72,7 @@ def final(runs):
 
 def slips(runs):
     """The same settings on the second task."""
-    return tuned(runs, " --task slips")
+    return tuned(runs, f" --task slips {ENDS}")
 
 
 def prolonged(runs):
@@ -81,7 +82,7 @@ def prolonged(runs):
 
 def rates(runs):
     """Off-RL at every rate of the grids."""
-    return {f"{lr:g}": f"--loss off_rl --lr {lr:g}" for lr in RATES}
+    return {f"{lr:g}": on_grid("--loss off_rl", lr) for lr in RATES}
 
 
 def extrapolation(runs):
@@ -91,8 +92,8 @@ def extrapolation(runs):
 
 
 def on_grid(flags, lr):
-    """The flags of a case at a rate of the grid, evaluated at the ends alone."""
-    return f"{flags} --lr {lr:g} --eval-every 5000"
+    """The flags of a case at a rate of the grid."""
+    return f"{flags} --lr {lr:g} {ENDS}"
 
 
 def grid(name, runs):
@@ -118,7 +119,7 @@ def best_rate(grid, runs):
 
 def at_best(name, runs):
     """Every case at its best rate."""
-    return {case: f"{CASES[name][case]} --lr {lr:g}" for case, lr in best_rates(name, runs).items()}
+    return {case: on_grid(CASES[name][case], lr) for case, lr in best_rates(name, runs).items()}
 
 
 def settings_of(flags, seeds, **more):
@@ -133,7 +134,7 @@ EXPERIMENTS = {
     "main": (main, FIVE),
     **{f"{name}-grid": (functools.partial(grid, name), GRID_SEEDS) for name in CASES},
     "final": (final, SEEDS),
-    "extrapolation": (extrapolation, SEEDS),  # with diagnostics, so before others that have some of its runs without
+    "extrapolation": (extrapolation, SEEDS),
     "rates": (rates, SEEDS),
     "prolonged": (prolonged, SEEDS),
     **{name: (functools.partial(at_best, name), SEEDS) for name in CASES},

@@ -59,7 +59,7 @@ def members(runs):
     """{case: {id: settings}}, of SGD and AdamW once their rates are chosen."""
     cases = {f"SGD, {lr:g}": grid(lr) for lr in RATES}
     if lr := best_rate(runs):
-        flags = f"--loss fpa --lam 2 --lr {lr:g}"
+        flags = experiments.on_grid("--loss fpa --lam 2", lr)
         cases["SGD"] = experiments.settings_of(flags, SEEDS, optimizer="sgd")
         cases["SGD, mean 1"] = experiments.settings_of(flags, SEEDS, optimizer="sgd", scale="mean1")
     if flags := experiments.at_best("lambda", runs).get(CASE):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,7 +214,16 @@ def test_the_first_experiment_of_a_run_asks_for_its_diagnostics_and_no_run_stops
             for settings in train.run_settings(args).values():
                 seen += tables.identity(settings) in first
                 assert first.setdefault(tables.identity(settings), args.diagnostics) >= args.diagnostics, (name, settings)
-    assert seen  # of Off-RL at 2e-4, which two experiments have
+    assert seen  # of FPA at 1,024 prompts, which two grids have
+
+
+def test_evaluations_that_no_curve_needs_are_not_made(monkeypatch):
+    """A run's first and last evaluation serve the claims; C6, C14 and the figures read those between."""
+    monkeypatch.setattr(tune, "search", lambda name, score: SimpleNamespace(chosen={"lr": 1e-4, "schedule": "constant"}))
+    monkeypatch.setattr(experiments, "best_rate", lambda grid, runs: 1e-4)
+    every = {name: {args.eval_every for args in experiments.commands(name, {}).values()} for name in experiments.EXPERIMENTS}
+    at_ends = {"rates", "lambda", "targets", "sizes", "slips", "lambda-grid", "targets-grid", "sizes-grid"}
+    assert every == {name: {5000} if name in at_ends else {100} for name in every}
 
 
 def test_hours_are_those_of_own_runs_or_of_runs_like_them():
