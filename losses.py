@@ -189,7 +189,7 @@ def topr(logp_sum, logratio, length, reward):
     """Tapered off-policy REINFORCE, TOPR (Le Roux et al., arXiv 2503.14286): C_w = 1 / |y|, C_l = min(rho, 1) / |y|.
 
     rho = exp(logratio), so it brakes by the distance from the reference policy. A surrogate too. The papers of NSR, AsymRE and
-    TOPR sum over tokens. Here the sum is divided by |y|, so that clipping the gradient's norm does not decide.
+    TOPR sum over tokens. Here the sum is divided by |y|, so that clipping the gradient's norm does not set the step.
     """
     coefficient = (torch.where(reward > 0, 0.0, logratio.clamp(max=0)).exp() / length).detach()
     return -reward * coefficient * logp_sum, coefficient
@@ -251,7 +251,7 @@ def prompt_mean(values, prompts):
 
 
 def simper(logp_sum, length):
-    """SimPER (Xiao et al. 2025): -pi_bar(y_w) + pi_bar(y_l). C = pi_bar / |y|, Off-RL's (the paper's Proposition A.1)."""
+    """SimPER (Xiao et al. 2025): -pi_bar(y_w) + pi_bar(y_l). C = pi_bar / |y|, Off-RL's (Proposition A.1 of FPA's paper)."""
     pi_bar = (logp_sum / length).exp()
     correct, incorrect = pi_bar.view(2, -1)
     return incorrect - correct, (pi_bar / length).detach()

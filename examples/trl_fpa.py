@@ -4,7 +4,7 @@
 
 Rows are pairs of a correct and an incorrect answer, as DPO's. Log-probabilities are computed in chunks, so that no logits of
 all positions are held. docs/trl.md has a patch that adds the loss to TRL's KTOTrainer, whose rows need no pairs. Left out:
-DPOTrainer's metrics, PEFT, and models that are wrapped for several GPUs.
+DPOTrainer's metrics, PEFT, models that are wrapped for several GPUs, and models whose logits have a bias, a scale or a cap.
 """
 
 import torch
@@ -29,7 +29,7 @@ class FPATrainer(DPOTrainer):
 
         with torch.no_grad():
             ref_states = states(self.ref_model)
-        head, ref_head = (policy.get_output_embeddings().weight for policy in (model, self.ref_model))
+        head, ref_head = (plain_head(policy) for policy in (model, self.ref_model))
         logps, future_logps = chunked_logps(states(model), head, ids[:, 1:][mask], ref_states, ref_head, self.lam)  # (N,)
         rows = mask.nonzero()[:, 0]
         logp_sum, future_logp_sum = (logps.new_zeros(len(ids)).index_add(0, rows, some) for some in (logps, future_logps))
@@ -37,6 +37,16 @@ class FPATrainer(DPOTrainer):
         reward[len(ids) // 2 :] = -1
         losses, _ = fpa(logp_sum, future_logp_sum, mask.sum(-1), reward, self.target)
         return (losses.mean(), {}) if return_outputs else losses.mean()
+
+
+def plain_head(policy):
+    """The weights (V, D) of a model's head. Raises ValueError where logits are more than hidden states times these weights."""
+    head, settings = policy.get_output_embeddings(), ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    more = [name for name in settings if getattr(policy.config, name, None) not in (None, 1)]
+    more += ["a bias"] if head.bias is not None else []
+    if more:
+        raise ValueError(f"this model's logits have {', '.join(more)}, which is left out here, and not in docs/trl.patch")
+    return head.weight
 
 
 def main(folder="runs/trl_fpa", steps=5, trainer=FPATrainer):

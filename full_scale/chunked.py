@@ -29,9 +29,10 @@ CHUNK = 256  # positions whose logits exist at once
 def chunked_logps(hidden, head, targets, ref_hidden=None, ref_head=None, lam=0.0):
     """Log-probabilities (N,) of targets under the present and the future policy, in nats and float32.
 
-    hidden (N, D): the states that predict the targets (N,), token ids below V. head (V, D): the output weights. ref_hidden and
-    ref_head: the same of the reference policy, of any width. The gradient flows from the first result to hidden and head; the
-    second result is detached. Without a reference the second result is the first one.
+    hidden (N, D): the states that predict the targets (N,), token ids below V. head (V, D): the output weights, of logits
+    hidden @ head.T without a bias, a scale or a cap. ref_hidden and ref_head: the same of the reference policy, of any width.
+    The gradient flows from the first result to hidden and head; the second result is detached. Without a reference the second
+    result is the first one.
     Raises ValueError where shapes disagree, where there is no position, or where lam is not 0 and the reference is missing.
     """
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1] or targets.shape != hidden.shape[:1]:

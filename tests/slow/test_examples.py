@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,3 +59,18 @@ def test_the_trl_trainer_runs_and_its_loss_is_losses_pys(tmp_path):
         expected = gradient_of(loss(logits_of(model), *ref_logits, ids, mask, reward), model)
         got = gradient_of(trainer.compute_loss(model, inputs), model)
         assert torch.allclose(got, expected, atol=1e-6) and got.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("more", ["a bias", "logit_scale", "logits_scaling", "final_logit_softcapping"])
+def test_the_trl_trainer_refuses_a_head_that_it_would_get_wrong(more):
+    pytest.importorskip("trl")
+    from examples.trl_fpa import plain_head
+
+    def policy(bias=False, **settings):
+        head = torch.nn.Linear(4, 7, bias=bias)
+        return SimpleNamespace(get_output_embeddings=lambda: head, config=SimpleNamespace(**settings))
+
+    plain = policy(logits_scaling=1.0)
+    assert plain_head(plain) is plain.get_output_embeddings().weight
+    with pytest.raises(ValueError, match=f"logits have {more}, which"):
+        plain_head(policy(bias=True) if more == "a bias" else policy(**{more: 0.5}))

@@ -50,6 +50,20 @@ def test_adamw_divides_a_constant_scale_out():
     assert not torch.allclose(plain, scaled, atol=1e-2)
 
 
+def test_a_common_shrinking_brakes_only_where_adamw_remembers_longer():
+    """Of a gradient that falls by a factor of e in 300 steps: the size of the last step beside that of an early one."""
+    left = {}
+    for name, make in {"here": adamw, "torch": torch.optim.Adam}.items():
+        weight, sizes = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)), []
+        optimizer = make([weight], 1.0)
+        for step in range(900):
+            weight.grad, before = torch.full_like(weight, math.exp(-max(step - 300, 0) / 300)), weight.item()
+            optimizer.step()
+            sizes.append(weight.item() - before)
+        left[name] = sizes[-1] / sizes[299]
+    assert left["here"] > 0.9 and left["torch"] < 0.4
+
+
 def test_topr_brakes_at_a_seventeenth_of_powers_distance():
     length = torch.tensor([52.0])
 
