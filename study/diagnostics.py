@@ -4,10 +4,10 @@ entanglement.csv   (claim C2): norms and inner products of the answers' gradient
                    a pair does to its correct answer, an evaluation a row
 tokens.csv         every token of some pairs: its log-ratio, and its log-probability under π_ref and under π̂ of four λ
 extrapolation.csv  (claim C10): how far the future policy of step t is from the policy of a later step t', against the present's
-batch.csv          (claims N1, N3): what a step of the run's own loss on all of the pairs does to their correct rows, and its
-                   coefficients, a step a row
+batch.csv          (claims N1, N3): what a step of the run's own loss on all of the pairs does to their correct rows, and to
+                   correct rows of other problems, and its coefficients, a step a row
 
-Left out: the gradients' entanglement between different problems, and the covariances of Yuan et al. (2024).
+Left out: the entanglement of single answers to different problems, and the covariances of Yuan et al. (2024).
 """
 
 import numpy as np
@@ -43,22 +43,22 @@ def gradient(scalar, model):
     return torch.cat([part.flatten() for part in parts])
 
 
-def batch_gradients(model, rollouts, pairs, run, add_logps):
+def batch_gradients(model, rollouts, pairs, others, run, add_logps):
     """A row of batch.csv: as `net` of `entanglement`, of one batch of pairs (P, 2) instead of a mean over pairs.
 
     `up` and `down` are what the loss's correct and its incorrect rows do to the mean logp_sum of the correct ones, the slopes
-    along their parts of -grad loss, in nats per unit of learning rate. The coefficients C |y| are means over rows.
+    along their parts of -grad loss, in nats per unit of learning rate. `up_others` and `down_others` are what they do to the
+    correct rows `others`, of other problems. The coefficients C |y| are means over rows.
     """
     weights = coefficients(model, rollouts, pairs, run, add_logps).T  # (2, P)
-    batches = [rollouts[rows] for rows in pairs.T]
-    correct, incorrect = (token_logps(model(b.inputs, b.start), b.tokens, b.mask).sum(-1) for b in batches)
-    mean = gradient(correct.mean(), model)
-    up, down = (
-        mean @ gradient((some * logp_sum).sum() / pairs.numel(), model) for some, logp_sum in zip(weights, (correct, incorrect))
-    )
-    lengths = rollouts.length[pairs.T]
-    of_correct, of_incorrect = (weights * lengths).mean(1).tolist()
-    return {"up": up.item(), "down": down.item(), "coefficient_correct": of_correct, "coefficient_incorrect": of_incorrect}
+    batches = [rollouts[rows] for rows in (*pairs.T, others)]
+    *sides, other = (token_logps(model(b.inputs, b.start), b.tokens, b.mask).sum(-1) for b in batches)
+    parts = [gradient((some * logp_sum).sum() / pairs.numel(), model) for some, logp_sum in zip(weights, sides)]
+    targets = [gradient(logp_sum.mean(), model) for logp_sum in (sides[0], other)]
+    slopes = [(target @ part).item() for target in targets for part in parts]
+    means = (weights * rollouts.length[pairs.T]).mean(1).tolist()
+    names = ("up", "down", "up_others", "down_others", "coefficient_correct", "coefficient_incorrect")
+    return dict(zip(names, slopes + means))
 
 
 def parting(rollouts, pairs):
@@ -175,6 +175,9 @@ class Observer:
         self.model, self.rollouts, self.run, self.folder, self.add_logps = model, rollouts, run, folder, add_logps
         pairs = pair_order(rollouts.reward, rollouts.problem_ids, 1, 2 * PAIRS, run.seed).view(2, -1).T  # (P, 2)
         self.pairs = pairs.to(rollouts.reward.device)
+        ids = rollouts.problem_ids
+        others = ((rollouts.reward > 0) & ~torch.isin(ids, ids[self.pairs[:, 0]])).nonzero()[:, 0]
+        self.others = others[:: max(len(others) // PAIRS, 1)][:PAIRS]  # spread over the other problems
         self.token_pairs = self.pairs[rollouts.clean[self.pairs[:, 0]]]
         self.snapshots, self.tables = {}, {}  # {step: completion logits}, {file name without .csv: rows}
 
@@ -191,7 +194,7 @@ class Observer:
             added["entanglement"] = [{"step": step, **measured}]
             added["tokens"] = [{"step": step, **row} for row in self.tokens()]
         if step < EARLY or step % LATER == 0:
-            measured = batch_gradients(self.model, self.rollouts, self.pairs, self.run, self.add_logps)
+            measured = batch_gradients(self.model, self.rollouts, self.pairs, self.others, self.run, self.add_logps)
             added["batch"] = [{"step": step, **measured}]
         for name, new in added.items():
             if new:

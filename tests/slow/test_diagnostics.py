@@ -96,23 +96,24 @@ def test_net_is_what_a_small_step_does_to_the_correct_answer(loss, lam):
 
 @pytest.mark.parametrize(("loss", "lam"), [("off_rl", 0.0), ("fpa", 2.0), ("sft", 0.0), ("topr", 0.0)])
 def test_up_and_down_are_what_the_batchs_two_kinds_of_rows_do_to_its_correct_ones(loss, lam):
-    """Against the finite difference of a step on one kind of rows alone, with autograd's own gradient."""
+    """And to another row. Against the finite difference of a step on one kind of rows alone, with autograd's own gradient."""
     (_, model), data = tiny_data()
-    model, run, pairs = model.double(), run_of(loss, lam), torch.tensor([[0, 1], [2, 3]])
+    model, run, pairs, others = model.double(), run_of(loss, lam), torch.tensor([[0, 1], [2, 3]]), torch.tensor([3])
     data.columns["ref_logits"] = data.ref_logits.double()
     data.columns["ref_logp_sum"] = data.ref_logp_sum.double()
-    measured, lr = diagnostics.batch_gradients(model, data, pairs, run, train.add_logps), 1e-6
+    measured, lr = diagnostics.batch_gradients(model, data, pairs, others, run, train.add_logps), 1e-6
     for kind, sign, rows in (("up", 1, [0, 2]), ("down", -1, [1, 3])):
         stepped, b = copy.deepcopy(model), data[torch.tensor(rows)]
         correct = [data[pairs[i]] for i in range(2)]
-        before = sum(exact_logp(stepped, some) for some in correct) / 2
+        before = sum(exact_logp(stepped, some) for some in correct) / 2, exact_logp(stepped, data[others])
         train.add_logps(stepped, b, lam)
         (objective(b, run)[0] / 2).backward()  # a mean over two of the batch's four rows
         with torch.no_grad():
             for parameter in stepped.parameters():
                 parameter -= lr * parameter.grad if parameter.grad is not None else 0
-        change = (sum(exact_logp(stepped, some) for some in correct) / 2 - before) / lr
-        assert measured[kind] == pytest.approx(sign * change, rel=1e-2, abs=1e-6)
+        after = sum(exact_logp(stepped, some) for some in correct) / 2, exact_logp(stepped, data[others])
+        for name, first, last in zip((kind, f"{kind}_others"), before, after):
+            assert measured[name] == pytest.approx(sign * (last - first) / lr, rel=1e-2, abs=1e-6)
         train.add_logps(model, b, lam)
         weight = (objective(b, run)[1] * b.length).mean().item()
         assert measured[f"coefficient_{'correct' if kind == 'up' else 'incorrect'}"] == pytest.approx(weight, rel=1e-5)
@@ -194,6 +195,16 @@ def test_a_straight_drift_is_forecast_exactly():
         assert by_key[t, later, lam]["coefficient_rank"] == pytest.approx(1)
 
 
+def test_the_other_rows_are_correct_ones_of_other_problems_spread_over_all(tmp_path):
+    ids = torch.arange(200).repeat_interleave(4)
+    rollouts = SimpleNamespace(reward=torch.tensor([1.0, 1.0, -1.0, -1.0] * 200), problem_ids=ids, clean=ids > 0)
+    observe = diagnostics.Observer(None, rollouts, run_of("fpa", 2.0), tmp_path, None)
+    others = ids[observe.others]
+    assert len(others) == diagnostics.PAIRS and (rollouts.reward[observe.others] > 0).all()
+    assert not set(others.tolist()) & set(ids[observe.pairs].flatten().tolist())
+    assert others.min() < 20 and others.max() > 150
+
+
 def test_the_observer_writes_what_the_figures_read(tmp_path, monkeypatch):
     (reference, model), data = tiny_data()
     model.load_state_dict(reference.state_dict())
@@ -209,6 +220,7 @@ def test_the_observer_writes_what_the_figures_read(tmp_path, monkeypatch):
     assert entangled["step"].tolist() == [0, 10, 20] and len(set(entangled["a"])) == 3
     batch = results.read_csv(tmp_path / "batch.csv")
     assert batch["step"].tolist() == [*range(8), 10, 15, 20] and len(set(batch["down"])) == len(batch["down"])
+    assert not batch["up_others"].any() and not len(observe.others)  # there is no third problem
     run = results.Run(tmp_path, {}, {}, {"extrapolation": results.read_csv(tmp_path / "extrapolation.csv")})
     pairs = results.extrapolated(run)
     assert set(pairs) == {(t, later, lam) for t, later in ((10, 15), (10, 20), (15, 20)) for lam in diagnostics.LAMS}
