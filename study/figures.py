@@ -46,7 +46,7 @@ from study.results import (
 )  # fmt: skip
 
 ONLINE_OR_NOT = (("off_rl", False), ("fpa", True), ("grpo", False))
-MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast")  # and no intervals
+MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast", "push")  # and no intervals
 
 
 # --- gradients
@@ -90,6 +90,36 @@ def figure_entanglement(runs):
         axis.set_xlabel("training step")
         axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     legend(figure, tables)
+    return figure, chosen
+
+
+EDGES = np.array([0, 10, 20, 30, 40, 60, 80, 100, 140, 200, 400, 700, 1000])  # of the bins below; its steps become denser there
+
+
+def figure_push(runs):
+    """The correct rows of a batch push correct answers up, and its incorrect rows push them down. A line is the share of steps
+    and seeds at which the push down is the stronger one, for a small step along the loss's gradient.
+    """
+    chosen = with_table(of_extrapolation(runs) or main_runs(runs), "batch")
+    chosen = [run for run in chosen if "up_others" in run.tables["batch"]]
+    if not chosen:
+        return None
+    chosen = where(chosen, lr=max(run.config["lr"] for run in chosen))
+    methods = by_method(chosen)
+    figure, axes = canvas(1, 2, row_height=3.6)
+    for axis, (group, title) in zip(axes, {"": "the batch's own correct rows", "_others": "those of other problems"}.items()):
+        for colour, _, some in coloured(methods):
+            names = ("step", f"up{group}", f"down{group}")
+            step, up, down = (np.concatenate([run.tables["batch"][name] for run in some]) for name in names)
+            edges = [*EDGES[EDGES < step.max()], step.max() + 1]
+            all_steps, won = (np.histogram(steps, edges)[0] for steps in (step, step[down > up]))
+            axis.stairs(won / all_steps, edges, color=colour, linewidth=2)
+        axis.set(title=title, xlabel="training step, log scale from 10 on", ylabel="share of steps", ylim=(0, 1))
+        axis.set_xscale("symlog", linthresh=10)
+        ticks = (0, 10, 30, 100, 300, 1000)
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.set_xlim(0, edges[-1])
+    legend(figure, methods)
     return figure, chosen
 
 
@@ -198,9 +228,17 @@ def figure_cost(runs):
 VIRIDIS = {lam: plt.get_cmap("viridis")(index / 3.5) for index, lam in enumerate((0.5, 1, 2, 5))}
 
 
+def of_extrapolation(runs):
+    """The runs of the experiment `extrapolation`."""
+    return [run for run in runs if "extrapolation" in run.experiments]
+
+
 def diagnosed(runs):
-    """{lr: [run]} of the runs that the extrapolation figures show: FPA's at λ = 2, or the first method's where it has none."""
-    chosen = with_table(varying(runs, "lr"), "extrapolation")
+    """{lr: [run]} of the runs that the extrapolation figures show: FPA's at λ = 2, or the first method's where it has none.
+
+    They are those of the experiment `extrapolation`, or, where there are none, the reported ones.
+    """
+    chosen = with_table(of_extrapolation(runs) or varying(runs, "lr"), "extrapolation")
     chosen = fpa_runs(chosen) or [run for run in chosen if run.method == chosen[0].method]
     return by(chosen, lambda run: run.config["lr"])
 

@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import itertools
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import full_scale.train
@@ -23,7 +25,7 @@ from full_scale.published import empty_model, parameter_count
 from losses import LOSSES
 from model import GPTConfig
 from plumbing.log import COLUMNS, progress_line
-from study import claims, experiments, real, results
+from study import claims, experiments, real, results, rule, tables, verdicts
 
 ROOT, RESULTS = Path(__file__).resolve().parents[2], Path("results/slips")
 README, PAGES = Path("README.md"), sorted(Path("docs").glob("*.md"))
@@ -351,18 +353,85 @@ def test_the_readmes_numbers_are_those_of_the_results():
         measured = real_claims()[name].measured if name in real_claims() else claimed()[name]
         found = [results.mean_and_interval(number.values) for number in measured if len(number.values)]
         assert (mean, half) in [(f"{sign * m:.{places}f}", f"{h:.{places}f}") for m, h in found], (mean, half, name)
-    assert all("lr 2e-05" in number.text and number.supports() for number in claimed()["C10"][:2])  # a forecast there
     prolonged = results.fpa_runs(results.where(runs(), loss="fpa", steps=4000, lr=2e-4))
     greedy = [[run.log["accuracy_greedy"][at] for run in prolonged if run.config["prompts"] == 1024] for at in (0, -1)]
     assert "greedy accuracy falls from {:.2f} to {:.2f}".format(*map(statistics.mean, greedy)) in text
 
 
 def test_the_findings_numbers_are_those_of_results_md():
-    written = (RESULTS / "results.md").read_text() + Path("results/smollm2/results.md").read_text()
+    written = "".join(path.read_text() for path in (RESULTS / "results.md", *Path("results").glob("**/results.md")))
     numbers = re.findall(r"-?[\d.]+ ± [\d.]*\d", prose(Path("docs/findings.md")))
+    written += " ".join(" {:.3f} ± {:.3f}".format(*results.mean_and_interval(values)) for values in pushes().values())
     assert len(numbers) > 15
     for number in numbers:
         assert f" {number}" in written or f" -{number}" in written, number
+
+
+@functools.cache
+def studied():
+    """Of the study on `habit`: ({(experiment, case): [run of a seed]}, {id: Claim})."""
+    found = verdicts.study(tables.held(Path("results"))[0])
+    return {case: [run for _, run in sorted(some.items())] for case, some in found.items()}, verdicts.claims(found, {})
+
+
+def extrapolated(case):
+    return studied()[0]["extrapolation", case]
+
+
+@functools.cache
+def pushes():
+    """What docs/findings.md says of these runs, with intervals: {phrase: numbers of the seeds}."""
+
+    def share(end, group):
+        batches = [run.tables["batch"] for run in extrapolated("off_rl, 0.0002")]
+        return [(table[f"down{group}"] > table[f"up{group}"])[table["step"] < end].mean() for table in batches]
+
+    fast, slow = ([run.log["test_accuracy_0.7"][-1] for run in extrapolated(lr)] for lr in ("0.0002", "2e-05"))
+    assert all(other > own for other, own in zip(share(200, "_others"), share(200, "")))  # more often, on every seed
+    assert all(ours > theirs for ours, theirs in zip(fast, slow))
+    return {
+        "N1 is contradicted. In {} of the first 200 steps": share(200, ""),
+        "Their share is {}.": share(200, "_others"),
+        "In the first 50 steps it is {},": share(50, "_others"),
+        "where that of the own rows is {}.": share(50, ""),
+        "After 100 steps a share of {} of": [run.log["logratio_correct_below_0"][1] for run in extrapolated("off_rl, 0.0002")],
+        "The difference is {}, and it is above 0 for every seed.": np.subtract(fast, slow),
+    }
+
+
+def test_what_is_said_of_the_drag_on_habit():
+    page, text = (" ".join(prose(path).split()) for path in (Path("docs/findings.md"), README))
+    for phrase, values in pushes().items():
+        assert phrase.format("{:.3f} ± {:.3f}".format(*results.mean_and_interval(values))) in page
+    own, others, early, *_ = (round(100 * np.mean(values)) for values in pushes().values())
+    assert f"in {own} % of them, so N1 is" in text and f"in {others} % of them, and in {early} % of the first 50 steps" in text
+    runs, found = extrapolated("off_rl, 0.0002"), rule.verdicts(studied()[1])
+    assert found["N1"] == found["C10"] == "contradicted" and len(runs) == 8 and {run.log["step"][1] for run in runs} == {100}
+    means = [np.mean([run.log["logratio_correct"][at] for run in runs]) for at in (1, -1)]
+    assert "goes on from {:.1f} to {:.1f} nats".format(*means) in page
+    batches = 1024 * 8 * np.mean([run.config["measured"]["share_correct"] for run in runs]) / 32
+    assert batches == pytest.approx(120, rel=0.05) and "in one of about 120 batches" in page
+    for table, group in itertools.product([run.tables["batch"] for run in runs], ("", "_others")):
+        assert (table[f"up{group}"] > table[f"down{group}"])[table["step"] >= 100].mean() > 0.5
+
+
+def test_what_is_said_of_the_forecast_on_habit():
+    page = " ".join(prose(Path("docs/findings.md")).split())
+    numbers = [str(number).split(": ")[1].split(" (claim")[0] for number in studied()[1]["C10"].measured]
+    phrases = ("λ of 1 and 2, is {}", "80 to 320 the ratio is {}", "the default, the ratio is {}", "80 to 320 the ratio is {}")
+    for number, phrase in zip(numbers, phrases):
+        mean, low, high = re.fullmatch(r"(\S+), (\S+) to (\S+)", number).groups()
+        assert phrase.format(mean) in page and (mean == "23.1" or f"from {low} to {high}" in page), number
+    straight = [number.split()[0] for number in numbers[4:]]
+    assert f"up to step 960 is {straight[3]}, and {straight[1]} at 2e-5" in page
+    ends = [np.mean([run.log["test_accuracy_0.7"][-1] for run in extrapolated(lr)]) for lr in ("0.0002", "2e-05")]
+    assert "ends at {:.3f} at 2e-4 and at {:.3f} at 2e-5".format(*ends) in page
+    for lr, known, unknown in (("0.0002", 15, 30), ("2e-05", 160, 320)):  # README.md; the mean over seeds, along t' = (1 + λ) t
+        found = [results.extrapolated(run) for run in extrapolated(lr)]
+        for t, later, lam in found[0]:
+            if lam in (1, 2) and later == (1 + lam) * t:
+                ratio = np.mean([np.log(np.divide(*table[t, later, lam])) for table in found])
+                assert (t > known or ratio < 0) and (t < unknown or ratio > 0)
 
 
 def test_the_verdicts_beside_the_paper_are_those_of_results_md():

@@ -457,7 +457,8 @@ def test_claims_without_their_runs_are_not_run(tmp_path):
 # --- figures
 
 OF_THE_STUDY = {"ratio", "diversity"}  # which have runs of many losses to show
-LATER = {"drag", *OF_THE_STUDY}  # whose columns the first study lacks
+OF_EXTRAPOLATION = {"extrapolation", "extrapolation_map", "forecast", "push"}  # the experiment
+LATER = {"drag", "push", *OF_THE_STUDY}  # whose columns the first study lacks
 
 
 def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
@@ -475,6 +476,8 @@ def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
             row = f"1,2,-1,-0.1,0.5,{-3 if method == {} else 4},{0.8 if method == {} else 0.3}\n"
             (folder / "entanglement.csv").write_text(f"{header}0,{row}5,{row}10,{row}")
             add_extrapolation(folder, 0.5, 0.1)
+            pushes = [f"{step},2,1,1,{2 if step == 5 and method == {} else 0}" for step in range(0, 11, 5)]
+            (folder / "batch.csv").write_text("\n".join(["step,up,down,up_others,down_others", *pushes]) + "\n")
             lines = [f"{step},0,{side},1,1 2 18,0.1 -1 0" for step in (0, 5, 10) for side in ("correct", "incorrect")]
             (folder / "tokens.csv").write_text("\n".join(["step,pair,side,first_wrong,tokens,logratios", *lines]) + "\n")
     plots.run([str(tmp_path / "runs"), "--to", str(tmp_path / "figures")])
@@ -490,6 +493,10 @@ def test_every_figure_is_drawn_where_its_runs_are_there(tmp_path, capsys):
     assert [(line.get_color(), line.get_ydata()[0]) for line in net.lines[:2]] == list(zip(colours, (-3, 4)))
     shares = {(line.get_color(), line.get_linestyle(), line.get_ydata()[0]) for line in axes["entanglement"][2].lines[:4]}
     assert shares == {(colours[0], "-", 0.8), (colours[1], "-", 0.3), (colours[0], "--", 0.5), (colours[1], "--", 0.5)}
+    won = [[(patch.get_edgecolor()[:3], patch.get_data().values.tolist()) for patch in axis.patches] for axis in axes["push"]]
+    (own, *_), (others, *more) = won  # of Off-RL, and of the other methods; one step in three
+    assert own[0] == others[0] == drawing.to_rgb(colours[0]) and own[1] == [0] and others[1] == [pytest.approx(1 / 3)]
+    assert more[0] == (drawing.to_rgb(colours[1]), [0])
     first, rows = axes["forecast"], [("KL", 0.5), ("π̄", 0.125), ("Rank correlation of π̄", 0.1)]
     for title, height in rows:  # at t' = (1 + lam) t, for t of 20
         (axis,) = [axis for axis in first if axis.get_title() == title]
@@ -590,7 +597,8 @@ def test_other_figures_are_those_of_their_runs(path):
     check_hygiene(figure)
     drawing.plt.close(figure)
     if path.parents[1] == Path("results"):  # of the default task, and of no tuning
-        assert {run.config["seed"] for run in chosen} <= set(range(5)) and all("main" in run.experiments for run in chosen)
+        experiment, seeds = ("extrapolation", results.SEEDS) if path.stem in OF_EXTRAPOLATION else ("main", range(5))
+        assert {run.config["seed"] for run in chosen} <= set(seeds) and all(experiment in run.experiments for run in chosen)
     assert Image.open(path).text["Description"] == drawing.fingerprint(chosen)
 
 
