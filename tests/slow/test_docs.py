@@ -361,6 +361,7 @@ def test_the_readmes_numbers_are_those_of_the_results():
 def test_the_findings_numbers_are_those_of_results_md():
     written = "".join(path.read_text() for path in (RESULTS / "results.md", *Path("results").glob("**/results.md")))
     numbers = re.findall(r"-?[\d.]+ ± [\d.]*\d", prose(Path("docs/findings.md")))
+    written += " {:.2f} ± {:.2f} ".format(*results.mean_and_interval(studied()[1]["N2"].measured[0].values))
     written += " ".join(" {:.3f} ± {:.3f}".format(*results.mean_and_interval(values)) for values in pushes().values())
     assert len(numbers) > 15
     for number in numbers:
@@ -413,6 +414,31 @@ def test_what_is_said_of_the_drag_on_habit():
     assert batches == pytest.approx(120, rel=0.05) and "in one of about 120 batches" in page
     for table, group in itertools.product([run.tables["batch"] for run in runs], ("", "_others")):
         assert (table[f"up{group}"] > table[f"down{group}"])[table["step"] >= 100].mean() > 0.5
+
+
+def test_what_is_said_of_the_learning_rates_on_habit():
+    page = " ".join(prose(Path("docs/findings.md")).split())
+    runs = {lr: studied()[0]["rates", f"{lr:g}"] for lr in experiments.RATES}
+    assert {len(some) for some in runs.values()} == {6} and "on six of the eight fresh seeds so far (N2)" in page
+
+    def cells(some, at=-1):
+        return [[run.log[column][at] for run in some] for column in ("test_accuracy_0.7", "logratio_correct_p5")]
+
+    def shown(some):
+        accuracy, percentile = map(results.mean_and_interval, cells(some))
+        return ["{:.3f} ± {:.3f}".format(*accuracy), "{:.1f} ± {:.1f}".format(*percentile)]
+
+    base = "{:.3f} ± {:.3f}".format(*results.mean_and_interval(cells(runs[5e-5], 0)[0]))
+    expected = [["base model", base, "0"], *([f"{lr:g}", *shown(some)] for lr, some in runs.items())]
+    assert table(Path("docs/findings.md"), "learning rate | accuracy") == expected
+    accuracy, percentile = np.mean([cells(some) for some in runs.values()], axis=2).T
+    assert {*accuracy.argsort()[:2]} == {1, 2} and accuracy.argmax() == len(runs) - 1 == percentile.argmin()
+    start, fpa = np.mean(cells(runs[5e-5], 0)[0]), np.mean(cells(extrapolated("0.0002"))[0])
+    assert max(accuracy[:-2]) < start - 0.1 and min(accuracy[-2:]) > start - 0.05
+    assert max(accuracy) < fpa and f"FPA ends at {fpa:.3f} at 2e-4, above" in page
+    correlation = "{:.2f} ± {:.2f}".format(*results.mean_and_interval(studied()[1]["N2"].measured[0].values))
+    assert f"rank correlation of the two columns is {correlation}" in page
+    assert rule.verdicts(studied()[1])["N2"] == "contradicted"
 
 
 def test_what_is_said_of_the_forecast_on_habit():
