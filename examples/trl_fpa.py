@@ -45,7 +45,7 @@ def plain_head(policy):
     more = [name for name in settings if getattr(policy.config, name, None) not in (None, 1)]
     more += ["a bias"] if head.bias is not None else []
     if more:
-        raise ValueError(f"this model's logits have {', '.join(more)}, which is left out here, and not in docs/trl.patch")
+        raise ValueError(f"this model's logits have {', '.join(more)}, which is left out here; docs/trl.patch has it")
     return head.weight
 
 

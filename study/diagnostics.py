@@ -44,7 +44,8 @@ def gradient(scalar, model):
 
 
 def batch_gradients(model, rollouts, pairs, others, run, add_logps):
-    """A row of batch.csv: as `net` of `entanglement`, of one batch of pairs (P, 2) instead of a mean over pairs.
+    """A row of batch.csv: as `net` of `entanglement`, of one batch instead of a mean over pairs: pairs (P, 2) hold
+    its correct and its incorrect rows.
 
     `up` and `down` are what the loss's correct and its incorrect rows do to the mean logp_sum of the correct ones, the slopes
     along their parts of -grad loss, in nats per unit of learning rate. `up_others` and `down_others` are what they do to the

@@ -93,14 +93,14 @@ def figure_entanglement(runs):
     return figure, chosen
 
 
-EDGES = np.array([0, 10, 20, 30, 40, 60, 80, 100, 140, 200, 400, 700, 1000])  # of the bins below; its steps become denser there
+EDGES = np.array([0, 10, 20, 30, 40, 60, 80, 100, 140, 200, 400, 700, 1000])  # narrow early, where batch.csv has every step
 
 
 def figure_push(runs):
     """The correct rows of a batch push correct answers up, and its incorrect rows push them down. A line is the share of steps
     and seeds at which the push down is the stronger one, for a small step along the loss's gradient.
     """
-    chosen = with_table(of_extrapolation(runs) or main_runs(runs), "batch")
+    chosen = with_table(of_experiment(runs, "extrapolation") or main_runs(runs), "batch")
     chosen = [run for run in chosen if "up_others" in run.tables["batch"]]
     if not chosen:
         return None
@@ -228,9 +228,9 @@ def figure_cost(runs):
 VIRIDIS = {lam: plt.get_cmap("viridis")(index / 3.5) for index, lam in enumerate((0.5, 1, 2, 5))}
 
 
-def of_extrapolation(runs):
-    """The runs of the experiment `extrapolation`."""
-    return [run for run in runs if "extrapolation" in run.experiments]
+def of_experiment(runs, name):
+    """The runs of an experiment of study/experiments.py, where they come from its tables."""
+    return [run for run in runs if name in run.experiments]
 
 
 def diagnosed(runs):
@@ -238,7 +238,7 @@ def diagnosed(runs):
 
     They are those of the experiment `extrapolation`, or, where there are none, the reported ones.
     """
-    chosen = with_table(of_extrapolation(runs) or varying(runs, "lr"), "extrapolation")
+    chosen = with_table(of_experiment(runs, "extrapolation") or varying(runs, "lr"), "extrapolation")
     chosen = fpa_runs(chosen) or [run for run in chosen if run.method == chosen[0].method]
     return by(chosen, lambda run: run.config["lr"])
 
@@ -382,7 +382,7 @@ def figure_diversity(runs):
     """The accuracy stands against pass@16, each loss at its tuned setting, mean and 95 % interval. A loss that gains
     accuracy by giving up other answers lies to the left of the base model, the black cross.
     """
-    chosen = [run for run in runs if "final" in run.experiments]
+    chosen = of_experiment(runs, "final")
     families = by(chosen, lambda run: (run.config["loss"], run.get("lam") > 0))
     if len(families) < 2:
         return None

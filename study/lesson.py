@@ -135,7 +135,7 @@ def walk(world, steps=300, measured=(*range(0, 60, 4), 60, 80, 100), others=32):
     """Off-RL from the base model: (its policy after these steps, {column: list} of what happened at the measured ones).
 
     Of each measured step: what the batch's correct rows add (`up`) to the mean logp_sum of some correct rows of other problems
-    and what its incorrect rows take away from it (`down`), as `pushes` gives them, and the `change` that the optimizer's step
+    and what its incorrect rows take away from it (`down`), as in batch.csv, and the `change` that the optimizer's step
     made, in nats.
     """
     policy, rollouts, run = copy.deepcopy(world.base), world.rollouts, SimpleNamespace(loss="off_rl", lam=0.0)
@@ -145,14 +145,15 @@ def walk(world, steps=300, measured=(*range(0, 60, 4), 60, 80, 100), others=32):
     for step in range(steps):
         b = rollouts[order[step]]
         if step in measured:
-            before, up, down = pushes(policy, b, rollouts[chosen])
+            before, pairs = mean_logp(policy, rollouts[chosen]).item(), order[step].view(2, -1).T
+            push = diagnostics.batch_gradients(policy, rollouts, pairs, chosen, run, train.add_logps)
         train.add_logps(policy, b)
         update(policy, optimizer, train.objective(b, run)[0])
         if (step + 1) % 100 == 0:
             print(f"step {step + 1:4} of {steps}")
         if step in measured:
             change = mean_logp(policy, rollouts[chosen]).item() - before
-            rows.append({"step": step, "up": up, "down": down, "change": change})
+            rows.append({"step": step, "up": push["up_others"], "down": push["down_others"], "change": change})
     return policy, {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -181,19 +182,6 @@ def print_batches(batches):
 def mean_logp(policy, b):
     """The mean logp_sum of a batch's rows."""
     return token_logps(policy(b.inputs, b.start), b.tokens, b.mask).sum(-1).mean()
-
-
-def pushes(policy, b, others):
-    """(The mean logp_sum of other rows, what Off-RL's correct rows of a batch add to it, what its incorrect rows take away).
-
-    The latter two are slopes along the two parts of -grad loss, in nats per unit of learning rate.
-    """
-    value = mean_logp(policy, others)
-    logp_sum = token_logps(policy(b.inputs, b.start), b.tokens, b.mask).sum(-1)
-    parts = losses.off_rl(logp_sum, b.length, b.reward)[0] / len(b.reward)
-    scalars = value, -parts[b.reward > 0].sum(), parts[b.reward < 0].sum()
-    mean, up, down = (diagnostics.gradient(scalar, policy) for scalar in scalars)
-    return value.item(), (mean @ up).item(), (mean @ down).item()
 
 
 # --- figures
