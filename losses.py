@@ -4,9 +4,10 @@
 from `objective`, which calls `fpa`, and `surrogate` for the other losses' FPA forms.
 
 Names: `logp_sum` is log pi(y|x) summed over a completion's tokens, `length` is their number |y|, logp_mean = logp_sum / length.
-exp(logp_mean), in (0, 1], is the paper's pi_bar. `logratio` is logp_sum under pi_theta less that under pi_ref, pi_hat the
-future policy. A row is an answer in a batch, w a correct one, l an incorrect one. Of pairs the correct rows come first, then an
-incorrect one for each. A surrogate has the method's gradient; its value means nothing. Shapes: B rows, T tokens, V vocabulary.
+exp(logp_mean), in (0, 1], is the paper's pi_bar. `logratio` is logp_sum under pi_theta minus logp_sum under pi_ref. pi_hat is
+the future policy. A row is an answer in a batch, w a correct one, l an incorrect one. Of pairs the correct rows come first,
+then an incorrect one for each. A surrogate has the method's gradient, and its value means nothing. Shapes: B rows, T tokens,
+V vocabulary.
 
 With reward r = +1 (correct) or -1 (incorrect) every offline loss has a gradient of one form,
 
@@ -345,11 +346,11 @@ class Hyperparameter:
 
 
 HYPERPARAMETERS = {
-    "lam": Hyperparameter("how far to extrapolate to the future policy", "λ", at_least=0),
-    "target": Hyperparameter("rows that take the future policy's coefficient", "target", choices=TARGETS),
+    "lam": Hyperparameter("how far to extrapolate to the future policy (sharpened, power: a power)", "λ", at_least=0),
+    "target": Hyperparameter("rows that take the coefficient of the future policy or control", "target", choices=TARGETS),
     "beta": Hyperparameter("weight of the log-ratio", "β", above=0),
     "alpha": Hyperparameter("weight of the log-likelihood term", "α", at_least=0),
-    "weight": Hyperparameter("weight of grad logp_mean on incorrect rows; nsr: on correct rows", "weight", at_least=0),
+    "weight": Hyperparameter("weight of grad logp_mean on incorrect rows (nsr: on correct rows)", "weight", at_least=0),
     "shift": Hyperparameter("shift of the advantage, in units of beta; asymre: of the reward", "shift"),
     "dapo": Hyperparameter("DAPO: average over all tokens of the batch, and drop groups whose rewards are all equal", "DAPO"),
 }

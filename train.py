@@ -5,7 +5,7 @@
     python train.py --loss off_rl fpa --seed 0 1 2 3 4  # several values of a flag: their product
 
 Stages: base model -> rollouts -> reference logits (toy_math/stages.py, cached under --out) -> training with evaluations.
-Not here, unlike in the paper: real checkpoints and benchmarks, which full_scale/ is for.
+full_scale/ trains published checkpoints, as the paper does. This file does not.
 """
 
 import contextlib

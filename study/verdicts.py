@@ -18,7 +18,7 @@ from plumbing.files import printable_path, write_text
 from plumbing.flags import command, command_line
 from study import rule, scale, tune
 from study.experiments import CASES, LAMBDAS, RATES, best_rates, members
-from study.results import METRIC, forecast, mean_and_interval
+from study.results import METRIC, by_method, forecast, label, mean_and_interval
 from study.rule import COUNT, Claim, Measured, holm, verdicts
 from study.tables import held
 from study.tune import FAMILIES
@@ -247,6 +247,12 @@ def claims(runs, chosen):
 
 # --- results.md
 
+ONE_THING = {  # {experiment: (title, what its cases are)}
+    "rates": ("Off-RL at each learning rate", "learning rate"),
+    "lambda": ("Each λ at its own learning rate", "λ of FPA"),
+    "targets": ("FPA's coefficient on one kind of rows, each at its own learning rate", "rows"),
+    "sizes": ("Equal passes over the rollouts, each at its own learning rate", "loss and prompts"),
+}
 SHOWN = {
     "pass@1, T = 0.7": METRIC,
     "T = 1": "test_accuracy",
@@ -307,6 +313,21 @@ def families_table(runs, experiment):
     return cases_table({name: runs.get((experiment, name), {}) for name in FAMILIES})
 
 
+def untuned_table(held_runs):
+    """Every method of the experiment `main`, at default settings."""
+    methods = by_method([run for run in held_runs.values() if "main" in run.experiments])
+    return cases_table({label(m): {run.config["seed"]: run for run in some} for m, some in methods.items()}, "loss")
+
+
+def experiment_tables(runs):
+    """Every case of the experiments whose cases differ in one thing, a table each, of those that have runs."""
+    tables = []
+    for name, (title, head) in ONE_THING.items():
+        if cases := {case: some for (experiment, case), some in runs.items() if experiment == name and some}:
+            tables.append(f"### {title}\n\n{cases_table(cases, head)}")
+    return "\n".join(tables)
+
+
 def results(folder):
     """results.md of a folder of tables."""
     held_runs, _ = held(folder)
@@ -325,8 +346,10 @@ def results(folder):
     return (
         "# Results of the study on `habit`\n\nWritten by `python -m study.verdicts`.\n\n"
         f"## Claims\n\n{text}\n\n{claims_table(found)}\n"
-        f"## Every family, task `habit`\n\nTest problems, after the last step.\n\n{families_table(runs, 'final')}\n"
-        f"## Every family, task `slips`\n\nAt the settings that were tuned on `habit`.\n\n{families_table(runs, 'slips')}\n"
+        f"## Untuned, task `habit`\n\nTest problems, after the last step, seeds 0 to 4.\n\n{untuned_table(held_runs)}\n"
+        f"## One thing changed, task `habit`\n\nThe claims' seeds.\n\n{experiment_tables(runs)}\n"
+        f"## Every family at its tuned setting, task `habit`\n\n{families_table(runs, 'final')}\n"
+        f"## Every family at the same setting, task `slips`\n\n{families_table(runs, 'slips')}\n"
         f"## Tuning\n\nBy `python -m study.tune`, on seeds that no other number comes from.\n\n{tuning}\n{grids}"
     )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import full_scale.train
 import losses
@@ -46,7 +47,7 @@ def prose(path):
 
 def table(path, heading):
     """The rows of the table whose first row begins so, lists of cells as they are written."""
-    (found,) = re.findall(rf"^\|? ?{re.escape(heading)}.*\n\|-.*\n((?:\|.*\n)+)", TEXTS[path], flags=re.M)
+    (found,) = re.findall(rf"^\|? ?{re.escape(heading)}.*\n\| ?-.*\n((?:\|.*\n)+)", path.read_text(), flags=re.M)
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in found.splitlines()]
 
 
@@ -322,6 +323,11 @@ def test_the_tables_of_the_main_runs_are_those_of_the_logs():
         rows.append([name, *[cell(column, ".2f") for column in ASKED], *tail])
     assert table(Path("docs/task.md"), "| T = 1") == rows
     assert table(README, "| T = 1") == [row[: 1 + len(ASKED)] for row in rows]
+    untuned = {name.strip("`"): cells for name, seeds, *cells in table(Path("results/results.md"), "| loss | seeds")}
+    assert [*untuned] == [row[0] for row in rows]
+    for name, some in methods.items():
+        columns = [[run.log[column][-1] for run in some] for column in verdicts.SHOWN.values()]
+        assert untuned[results.label(name)] == ["{:.3f} ± {:.3f}".format(*results.mean_and_interval(c)) for c in columns]
 
 
 def test_what_is_said_of_the_main_runs():
@@ -339,6 +345,9 @@ def test_what_is_said_of_the_main_runs():
         assert means.index(max(means)) == 2 and means.index(min(means)) == 0
     below = [statistics.mean(some["logratio_correct_below_0"]) for some in (off_rl, fpa)]
     assert below[0] == pytest.approx(0.7, abs=0.05) and below[1] == pytest.approx(0.2, abs=0.05)
+    margins = [np.mean(np.subtract(some["logratio_correct"], some["logratio_incorrect"])) for some in (fpa, off_rl)]
+    page = " ".join(prose(Path("docs/findings.md")).split())
+    assert "{:.0f} nats against {:.0f} at default settings".format(*margins) in page
     tails = [statistics.mean(some["logratio_correct_p5"]) for some in (fpa, incorrect)]
     assert 0.4 < tails[1] / tails[0] < 0.6 and statistics.mean(sft["test_pass@16"]) > 0.99
 
@@ -362,8 +371,9 @@ def test_the_readmes_numbers_are_those_of_the_results():
 def test_the_findings_numbers_are_those_of_results_md():
     written = "".join(path.read_text() for path in (RESULTS / "results.md", *Path("results").glob("**/results.md")))
     numbers = re.findall(r"-?[\d.]+ ± [\d.]*\d", prose(Path("docs/findings.md")))
-    written += " {:.2f} ± {:.2f} ".format(*results.mean_and_interval(studied()[1]["N2"].measured[0].values))
-    written += " ".join(" {:.3f} ± {:.3f}".format(*results.mean_and_interval(values)) for values in pushes().values())
+    written += " ".join(" {:.2f} ± {:.2f} ".format(*results.mean_and_interval(values)) for values in correlations().values())
+    thirds = [*pushes().values(), gain_at_the_largest_rate()]
+    written += " ".join(" {:.3f} ± {:.3f}".format(*results.mean_and_interval(values)) for values in thirds)
     assert len(numbers) > 15
     for number in numbers:
         assert f" {number}" in written or f" -{number}" in written, number
@@ -405,16 +415,35 @@ def test_what_is_said_of_the_drag_on_habit():
     page, text = (" ".join(prose(path).split()) for path in (Path("docs/findings.md"), README))
     for phrase, values in pushes().items():
         assert phrase.format("{:.3f} ± {:.3f}".format(*results.mean_and_interval(values))) in page
-    own, others, early, *_ = (round(100 * np.mean(values)) for values in pushes().values())
-    assert f"in {own} % of them, so N1 is" in text and f"in {others} % of them, and in {early} % of the first 50 steps" in text
+    own, others, *_ = (round(100 * np.mean(values)) for values in pushes().values())
+    assert f"It does so in {own} % of them, and it lowers correct rows of other problems in {others} %." in text
     runs, found = extrapolated("off_rl, 0.0002"), rule.verdicts(studied()[1])
     assert found["N1"] == found["C10"] == "contradicted" and len(runs) == 8 and {run.log["step"][1] for run in runs} == {100}
     means = [np.mean([run.log["logratio_correct"][at] for run in runs]) for at in (1, -1)]
     assert "goes on from {:.1f} to {:.1f} nats".format(*means) in page
+    medians = [np.mean([run.log["logratio_correct_p50"][run.log["step"] == step] for run in runs]) for step in (100, 200, 1000)]
+    assert "the median is {:.1f} nats at step 200 and {:.1f} at the end".format(*medians[1:]) in page
     batches = 1024 * 8 * np.mean([run.config["measured"]["share_correct"] for run in runs]) / 32
     assert batches == pytest.approx(120, rel=0.05) and "in one of about 120 batches" in page
     for table, group in itertools.product([run.tables["batch"] for run in runs], ("", "_others")):
         assert (table[f"up{group}"] > table[f"down{group}"])[table["step"] >= 100].mean() > 0.5
+
+
+def gain_at_the_largest_rate():
+    """Of Off-RL's accuracy, from start to end (seeds,)."""
+    accuracies = [run.log["test_accuracy_0.7"] for run in studied()[0]["rates", f"{experiments.RATES[-1]:g}"]]
+    return [accuracy[-1] - accuracy[0] for accuracy in accuracies]
+
+
+@functools.cache
+def correlations():
+    """Rank correlations of Off-RL's accuracy over the learning rates, a number a seed: with {column of correct log-ratios}."""
+    seeds = zip(*(studied()[0]["rates", f"{lr:g}"] for lr in experiments.RATES))
+    found = [[[run.log[name][-1] for run in some] for name in ("test_accuracy_0.7", *FALLEN)] for some in seeds]
+    return {name: [stats.spearmanr(one[0], one[1 + i])[0] for one in found] for i, name in enumerate(FALLEN)}
+
+
+FALLEN = "logratio_correct_p5", "logratio_correct_p50", "logratio_correct_below_0"
 
 
 def test_what_is_said_of_the_learning_rates_on_habit():
@@ -436,10 +465,16 @@ def test_what_is_said_of_the_learning_rates_on_habit():
     assert {*accuracy.argsort()[:2]} == {1, 2} and accuracy.argmax() == len(runs) - 1 == percentile.argmin()
     start, fpa = np.mean(cells(runs[5e-5], 0)[0]), np.mean(cells(extrapolated("0.0002"))[0])
     assert max(accuracy[:-2]) < start - 0.1 and min(accuracy[-2:]) > start
-    assert max(accuracy) < fpa and f"FPA ends at {fpa:.3f} at 2e-4, above" in page
-    correlation = "{:.2f} ± {:.2f}".format(*results.mean_and_interval(studied()[1]["N2"].measured[0].values))
-    assert f"rank correlation of the two columns is {correlation}" in page
-    assert f"of their log-ratios is {correlation.split()[0]} over seven rates" in " ".join(prose(README).split())
+    assert "it ends above its start, by {:.3f} ± {:.3f}.".format(*results.mean_and_interval(gain_at_the_largest_rate())) in page
+    assert max(accuracy) < fpa and f"FPA's mean ends at {fpa:.3f} at 2e-4, above" in page
+    assert correlations()[FALLEN[0]] == pytest.approx(studied()[1]["N2"].measured[0].values)
+    tail, median, below = ("{:.2f} ± {:.2f}".format(*results.mean_and_interval(c)) for c in correlations().values())
+    assert f"rank correlation of the two columns is {tail}." in page
+    assert f"is {median} with the median log-ratio, and {below} with the share" in page
+    shares = [np.mean([run.log[FALLEN[2]][-1] for run in runs[lr]]) for lr in (experiments.RATES[0], experiments.RATES[-1])]
+    assert "from {:.2f} at the smallest rate to {:.2f} at the largest".format(*shares) in page
+    text = " ".join(prose(README).split())
+    assert f"Their rank correlation is {tail.split()[0]}. With the median it is {median.split()[0]}, which no claim" in text
     assert rule.verdicts(studied()[1])["N2"] == "contradicted"
 
 
@@ -454,6 +489,8 @@ def test_what_is_said_of_the_forecast_on_habit():
     assert f"up to step 960 is {straight[3]}, and {straight[1]} at 2e-5" in page
     ends = [np.mean([run.log["test_accuracy_0.7"][-1] for run in extrapolated(lr)]) for lr in ("0.0002", "2e-05")]
     assert "ends at {:.3f} at 2e-4 and at {:.3f} at 2e-5".format(*ends) in page
+    rises = np.mean([run.log["accuracy_0.7"][[1, -1]] for run in extrapolated("0.0002")], axis=0)
+    assert "rises from {:.3f} at step 100 to {:.3f} at the end".format(*rises) in page and rises[0] < rises[1]
     for lr, known, unknown in (("0.0002", 15, 30), ("2e-05", 160, 320)):  # README.md; the mean over seeds, along t' = (1 + λ) t
         found = [results.extrapolated(run) for run in extrapolated(lr)]
         for t, later, lam in found[0]:
