@@ -10,7 +10,6 @@ full_scale/ trains published checkpoints, as the paper does. This file does not.
 
 import contextlib
 import copy
-import io
 import itertools
 import runpy
 import sys
@@ -25,7 +24,7 @@ from plumbing import flags, jobs
 from plumbing.batches import batch_order, draw_order, seeded
 from plumbing.files import UserError, digest, locked_runs, remove_leftovers, write_tensors, write_text
 from plumbing.keeper import Keeper, OneFile, Random, adamw, begin
-from plumbing.log import PERCENTILES, Log, Steps, environment, step_numbers
+from plumbing.log import Log, Steps, environment, monitored_columns, step_numbers
 from study.results import is_finished, read_runs, summary
 from toy_math.rollouts import evaluate, sample_groups, samples_text
 from toy_math.stages import add_task_flags, draw_splits, evaluation_settings, prepare, settle_task_flags, stage_settings
@@ -147,15 +146,7 @@ class Exam:
             columns |= {f"test_{name}": value for name, value in test.items() if name != "malformed"}
         add_logps(model, b, future_lam(run))
         values = {"logratio": b.logratio, "pi": (b.logp_sum / b.length).exp(), "pihat": (b.future_logp_sum / b.length).exp()}
-        groups = {"correct": b.reward > 0, "incorrect": b.reward < 0}
-        for name, kind in itertools.product(values, groups):
-            columns[f"{name}_{kind}"] = values[name][groups[kind]].mean().item()
-        for kind, rows in groups.items():  # the drag is a heavy tail, which a mean does not show
-            logratio = b.logratio[rows]
-            quantiles = logratio.quantile(torch.tensor(PERCENTILES, device=logratio.device) / 100).tolist()
-            columns |= {f"logratio_{kind}_p{percent}": value for percent, value in zip(PERCENTILES, quantiles)}
-            columns[f"logratio_{kind}_below_0"] = (logratio < 0).float().mean().item()
-        return columns
+        return columns | monitored_columns(values, b.reward)
 
 
 # --- the product of runs
@@ -181,7 +172,7 @@ def cache_stages(args, seed, todo):
 
 
 def train_one(args, name, settings):
-    with contextlib.redirect_stdout(io.StringIO()):  # the stages are cached, and said so once
+    with contextlib.redirect_stdout(None):  # the stages are cached, and said so once
         world = prepare(args, settings["seed"], settings["prompts"])
     train_policy(args, settings, args.out / name, world, title=f"{name}  ")
 
@@ -292,5 +283,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
     run()

@@ -34,7 +34,7 @@ from .published import (
 )
 
 SHARD_BYTES = 5 * 10**9
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = ("F32", "F16", "BF16")
 
 
 # --- weights
@@ -215,17 +215,17 @@ def save_pretrained(model, folder, dtype=None):
 # --- what it takes
 
 
-def training_gib(config, parameters, gpus, precision, tokens=5120):
+def training_gib(config, parameters, gpus, precision):
     """An estimate of a GPU's peak memory in full_scale/train.py, in GiB: what its tensors add up to, without fragmentation.
 
     precision "fp32" or "bf16", whose weights, gradients and AdamW moments are fp32 all the same, 16 bytes a parameter over
-    all GPUs. With a cached reference, activation checkpointing, and `tokens` tokens at once: the flags' defaults.
+    all GPUs. With a cached reference, activation checkpointing, and 5,120 tokens at once: the flags' defaults.
     """
     size = {"fp32": 4, "bf16": 2}[precision]
     head = config.vocab_size * config.d_model
     layer = (parameters - (1 if config.tied_head else 2) * head) // config.n_layers
     gathered = (head * (1 if config.tied_head else 2) + 2 * layer) * (size + 4) if gpus > 1 or size == 2 else 0
-    activations = tokens * (config.n_layers * config.d_model + 4 * config.d_ff + 8 * config.d_model) * size
+    activations = 5120 * (config.n_layers * config.d_model + 4 * config.d_ff + 8 * config.d_model) * size
     logits = 4 * CHUNK * config.vocab_size * 4
     return (16 * parameters / gpus + gathered + head * (size + 4) + activations + logits) / 2**30
 

@@ -50,10 +50,5 @@ def completion_hidden(model, tokens, mask):
 
 def logp_sums(hidden, head, targets, mask, *reference):
     """logp_sum (B,) under the present and the future policy; `reference`: chunked_logps' last three arguments, or none."""
-    return [row_sums(logps, mask) for logps in chunked_logps(hidden, head, targets, *reference)]
-
-
-def row_sums(values, mask):
-    """(N,) values of completion tokens, row by row -> their sums (B,)."""
-    rows = mask[:, 1:].nonzero()[:, 0]
-    return torch.zeros(len(mask), device=values.device).index_add(0, rows, values)
+    rows, zeros = mask[:, 1:].nonzero()[:, 0], torch.zeros(len(mask), device=hidden.device)
+    return [zeros.index_add(0, rows, logps) for logps in chunked_logps(hidden, head, targets, *reference)]

@@ -24,12 +24,11 @@ class ChatTokenizer:
 
     tokenizer: transformers' own. vocab_size: how many tokens the weights know; positions: how many the model was made for, or
     None; eos: the one that ends an answer and is trained as such, the template's where it writes one; stops: all that end one,
-    a set; texts: the special tokens by name. `template_args` go to the template, and `date` is its today.
+    a set. `template_args` go to the template, and `date` is its today.
     """
 
     def __init__(self, folder):
         self.tokenizer = read_tokenizer(folder)
-        self.texts = {name: text for name, text in self.tokenizer.special_tokens_map.items() if isinstance(text, str)}
         path = folder / "generation_config.json"
         raw, generation = read_json(folder / "config.json"), read_json(path) if path.exists() else {}
         self.vocab_size, ids = raw.get("vocab_size"), generation.get("eos_token_id", raw.get("eos_token_id"))
@@ -67,7 +66,8 @@ class ChatTokenizer:
 
         Raises UserError where the checkpoint has no such token, and where a prompt, `special`, has none.
         """
-        begun = "bos_token" in self.texts and text.startswith(self.texts["bos_token"])
+        bos = self.tokenizer.bos_token
+        begun = bos is not None and text.startswith(bos)
         try:
             ids = self.tokenizer.encode(text, add_special_tokens=False)
             ids = [*self.begin, *ids] if special and not begun else ids

@@ -55,7 +55,7 @@ from plumbing.flags import (
     reinterpreted,
 )
 from plumbing.keeper import Keeper, adamw, interruptible, warmup_cosine
-from plumbing.log import FORMAT, PERCENTILES, environment
+from plumbing.log import FORMAT, environment, monitored_columns
 
 from .data import batch_of, first_date, micro_batches, pack, read_data
 from .exam import MOST_SAMPLES, Exam
@@ -145,15 +145,8 @@ def monitor(model, data, reference, rows, run, size):
         values.index_add_(1, some.to(reference.device), torch.stack(measured))
     model.reshard()
     counts, *values = summed(values).cpu()
-    columns = {}
-    for kind, members in {"correct": data.reward > 0, "incorrect": data.reward < 0}.items():
-        chosen = members & (counts > 0)
-        own = {name: (value / counts)[chosen] for name, value in zip(names, values)}
-        columns |= {f"{name}_{kind}": value.mean().item() for name, value in own.items()}
-        quantiles = own["logratio"].quantile(torch.tensor(PERCENTILES) / 100).tolist()
-        columns |= {f"logratio_{kind}_p{percent}": value for percent, value in zip(PERCENTILES, quantiles)}
-        columns[f"logratio_{kind}_below_0"] = (own["logratio"] < 0).float().mean().item()
-    return columns
+    seen = counts > 0
+    return monitored_columns({name: (value / counts)[seen] for name, value in zip(names, values)}, data.reward[seen])
 
 
 # --- one run

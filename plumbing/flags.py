@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import io
 import itertools
 import math
 import os
@@ -158,6 +159,8 @@ def command(program, kept="what is finished stays", path="."):
     2 for what the user can mend, 3 for a loss that is not finite, 128 + number for a signal. Output that is cut off, as by
     `head`, is no error. `kept` says what an interruption leaves; `path` is named where an error names no file.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
     try:
         with interruptible():
             yield

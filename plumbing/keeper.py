@@ -44,11 +44,9 @@ class Keeper:
                 part.restore(state[name])
 
     def __enter__(self):
-        with contextlib.ExitStack() as entered:
-            shown = {} if self.bar else {"disable": True}
-            self.bar = entered.enter_context(progress(total=self.total, initial=self.first, desc=self.desc, **shown))
-            self.caught = entered.enter_context(finishing_step())
-            self.entered = entered.pop_all()
+        self.entered, shown = contextlib.ExitStack(), {} if self.bar else {"disable": True}
+        self.bar = self.entered.enter_context(progress(total=self.total, initial=self.first, desc=self.desc, **shown))
+        self.caught = self.entered.enter_context(finishing_step())
         return self
 
     def steps(self):
@@ -90,7 +88,7 @@ class OneFile:
             *places, last = name.split("/")
             inside = state
             for place in places:
-                inside = inside.setdefault(place, {})
+                inside = inside[place]
             inside[last] = tensor
         return state
 

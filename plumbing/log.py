@@ -32,6 +32,18 @@ COUNTS = ("below_0.2_pi", "below_0.2_pihat", "tokens_trained", "tokens_sampled")
 progress = functools.partial(tqdm, disable=None, leave=False)  # disable=None: a bar on a terminal only
 
 
+def monitored_columns(values, reward):
+    """Columns of log.csv from {"logratio", "pi", "pihat": (N,)} of monitored rows: means of each kind, log-ratios' spread."""
+    columns = {}
+    for kind, rows in {"correct": reward > 0, "incorrect": reward < 0}.items():
+        columns |= {f"{name}_{kind}": value[rows].mean().item() for name, value in values.items()}
+        logratio = values["logratio"][rows]  # the drag is a heavy tail, which a mean does not show
+        quantiles = logratio.quantile(torch.tensor(PERCENTILES, device=logratio.device) / 100).tolist()
+        columns |= {f"logratio_{kind}_p{percent}": value for percent, value in zip(PERCENTILES, quantiles)}
+        columns[f"logratio_{kind}_below_0"] = (logratio < 0).float().mean().item()
+    return columns
+
+
 class Steps:
     """The numbers of the steps since the last row, each a scalar on the device, by name.
 

@@ -213,4 +213,4 @@ class Observer:
     def restore(self, state):
         self.tables = state["tables"]
         device = self.rollouts.reward.device
-        self.snapshots = {int(step): logits.to(device) for step, logits in state.get("snapshots", {}).items()}
+        self.snapshots = {int(step): logits.to(device) for step, logits in state["snapshots"].items()}

@@ -8,17 +8,15 @@ An experiment at tuned settings has only the runs whose tuning results/ holds al
 which experiment.
 """
 
-import argparse
 import functools
 import math
-import sys
-from pathlib import Path
 
 import train
 from plumbing.files import digest
 from study import tune
 from study.results import SEEDS
 from study.tables import BASES, copy_stages, gather, held, identity, run_names
+from study.tune import command_of
 from toy_math.stages import stage_settings
 
 FIVE, PILOT = range(5), range(2000, 2005)
@@ -142,16 +140,6 @@ EXPERIMENTS = {
 }
 
 
-@functools.cache
-def parsed(flags):
-    return vars(train.parse_args(flags.split()))
-
-
-def command_of(flags, seeds, out="runs", jobs=0):
-    """The parsed command of some flags and seeds. A run that diverges ends with a low score and stops no other."""
-    return argparse.Namespace(**{**parsed(flags), "seed": list(seeds), "out": Path(out), "jobs": jobs, "skip_nonfinite": 1000})
-
-
 def commands(name, runs, out="runs", jobs=0):
     """{case: its parsed command}."""
     cases, seeds = EXPERIMENTS[name]
@@ -243,5 +231,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
     run()

@@ -10,7 +10,6 @@ import ast
 import csv
 import hashlib
 import inspect
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,5 +132,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
     run()

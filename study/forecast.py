@@ -33,7 +33,10 @@ class Snapshots:
     settings = {"snapshots": ROWS}  # what config.json says of it
 
     def __init__(self, args, folder, data):
-        (self.out,) = (args.out / name for name in full_scale.train.run_settings(args, data, folder, self))
+        names = [*full_scale.train.run_settings(args, data, folder, self)]
+        if len(names) > 1:
+            raise UserError(f"{len(names)} runs, and logits are kept of one: give each flag one value")
+        self.out = args.out / names[0]
         self.data, self.kept, self.first = data, {}, None
         self.decode = ChatTokenizer(folder).tokenizer.decode
         self.tables = {"extrapolation": [], "tokens": []}

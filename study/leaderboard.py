@@ -39,11 +39,11 @@ def load(text, path):
     names = {"torch": torch}
     try:
         exec(compile(text, str(path), "exec"), names)
+        if "brake" not in names:
+            raise NameError("defines no function brake(pi, pi_ref)")
         brake = names["brake"]
         pi, pi_ref = torch.tensor([1.0, 0.5, 1e-3, 0.0]), torch.tensor([0.9, 0.6, 0.9, 1e-3])
         weight = brake(pi, pi_ref)
-    except KeyError:
-        raise UserError(f"{path}: defines no function brake(pi, pi_ref)") from None
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {one_line(error, path)}") from None
     if not isinstance(weight, torch.Tensor) or weight.shape != pi.shape:
@@ -151,7 +151,10 @@ def run(argv=None):
     with flags.command(PROGRAM):
         if not argv or argv[0].startswith("-"):
             raise UserError(f"name a file first: {PROGRAM} my_brake.py")
-        path = printable_path(argv[0])
+        try:
+            path = printable_path(argv[0])
+        except ValueError:
+            raise UserError(f"{argv[0]!r} is no path: {PROGRAM} my_brake.py") from None
         given = [] if "--seed" in argv else ["--seed", *map(str, SEEDS)]
         args = train.parse_args(["--loss", "off_rl", "--device", "cpu", *given, *argv[1:]])
     with flags.command(PROGRAM, "finished runs, and checkpoints of the others, are kept; the same command goes on", args.out):
@@ -162,5 +165,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
     run()

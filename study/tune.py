@@ -18,7 +18,7 @@ A run's score is pass@1 at temperature 0.7 on validation problems after the last
 import argparse
 import functools
 import random
-import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import train
@@ -29,7 +29,7 @@ from .tables import BASES, copy_stages, gather, held, identity, run_names
 SEEDS, SETTINGS, KEPT, MARGIN, GROWTH, ROUNDS = (1000, 1001, 1002, 1003, 1004), 12, 3, 2.0, 8.0, 3
 LR, LAM, BETA, ALPHA, WEIGHT = (5e-6, 5e-3), (0.25, 10.0), (1e-3, 1.0), (0.1, 10.0), (0.01, 1.0)
 TARGETS = ("both", "incorrect")
-BUDGET = "--steps 1000 --eval-every 1000 --skip-nonfinite 1000"  # a run that diverges ends with a low score
+BUDGET = "--steps 1000 --eval-every 1000"
 
 
 class Family(NamedTuple):
@@ -131,20 +131,18 @@ def words(name, settings):
 
 
 @functools.cache
-def budget():
-    """The flags of train.py that all runs share, parsed."""
-    return train.parse_args(BUDGET.split())
+def parsed(flags):
+    return vars(train.parse_args(flags.split()))
 
 
-def flags_of(name, settings, *seeds, **more):
-    """The parsed command of a family's settings, as train.py takes it."""
-    lists = {"loss": [FAMILIES[name].loss], "seed": list(seeds), **{flag: [value] for flag, value in settings.items()}}
-    return argparse.Namespace(**{**vars(budget()), **lists, **more})
+def command_of(flags, seeds, out="runs", jobs=0):
+    """The parsed command of some flags and seeds. A run that diverges ends with a low score and stops no other."""
+    return argparse.Namespace(**{**parsed(flags), "seed": list(seeds), "out": Path(out), "jobs": jobs, "skip_nonfinite": 1000})
 
 
 def runs_of(name, settings, *seeds):
     """{folder name: settings of train.py} of a family's settings."""
-    return train.run_settings(flags_of(name, settings, *seeds))
+    return train.run_settings(command_of(f"{words(name, settings)} {BUDGET}", seeds))
 
 
 def score_of(run):
@@ -171,7 +169,7 @@ def tune(name, args):
         print(f"{name}: round {len(found.asked)}, {len(runs)} runs")
         seeds = sorted({seed for _, seed in found.missing})
         try:
-            train.main(flags_of(name, found.missing[0][0], *seeds, out=args.out, jobs=args.jobs), runs)
+            train.main(command_of(f"{words(name, found.missing[0][0])} {BUDGET}", seeds, args.out, args.jobs), runs)
         finally:  # after an error too
             asked = [config for some in found.asked for drawn in some for config in runs_of(name, drawn, *SEEDS).values()]
             gather(args.out, args.to, {f"tune-{name}": [identity(config) for config in asked]})
@@ -205,5 +203,4 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # each line at once, into a pipe or a file too
     run()

@@ -142,7 +142,7 @@ def test_weights_of_noise_are_read_or_refused(place, change):
 def test_logs_of_noise_are_read_or_left_out(place, log, config):
     (place / "log.csv").write_bytes(log)
     (place / "config.json").write_bytes(config)
-    with pytest.raises((ValueError, results.VersionError)):
+    with pytest.raises((ValueError, files.UserError)):
         results.read_run(place)
 
 

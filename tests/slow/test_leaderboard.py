@@ -52,6 +52,7 @@ WRONG = {
     "def brake(pi, pi_ref: return pi": "SyntaxError",
     "def stop(pi, pi_ref): return pi": "defines no function brake(pi, pi_ref)",
     "def brake(pi): return pi": "TypeError",
+    "def brake(pi, pi_ref): return {}[0]": "KeyError: 0",
     "def brake(pi, pi_ref): return 0.5": "must return a tensor like pi, (4,), not float",
     "def brake(pi, pi_ref): return pi.mean()": "not ()",
     "def brake(pi, pi_ref): return pi - 2": "finite weights of at least 0",
@@ -70,6 +71,8 @@ def test_a_wrong_file_is_one_line_and_nothing_is_written(text, tmp_path, capsys)
 def test_wrong_words_are_one_line(tmp_path, capsys):
     for words, part in (
         ([], "name a file first"),
+        ([""], "'' is no path"),
+        (["~no_such_user/x.py"], "'~no_such_user/x.py' is no path"),
         ([tmp_path / "none.py"], "No such file"),
         ([EXAMPLE, "--stepz", "3"], "--steps"),
     ):

@@ -19,6 +19,7 @@ from test_full_scale import write
 from test_full_scale_training import taught  # noqa: F401 (a fixture)
 from test_model import make
 
+from plumbing.files import UserError
 from plumbing.keeper import warmup_cosine
 from study import forecast, page, real, rule, verdicts
 from study.results import Run, read_folder
@@ -115,6 +116,12 @@ def test_a_forecast_without_problems_is_one_line(tmp_path):
     assert done.returncode == 2 and "--eval-problems: needed" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_logits_are_kept_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast.full_scale.train, "run_settings", lambda *_: {"seed 0": {}, "seed 1": {}})
+    with pytest.raises(UserError, match="2 runs, and logits are kept of one"):
+        forecast.Snapshots(SimpleNamespace(out=tmp_path), None, None)
+
+
 def test_single_tokens_are_on_the_page(small):
     """Of an Off-RL and an FPA run without accuracies, which other runs of the same settings have."""
     folder = small("forecast", "tokens")
@@ -134,6 +141,21 @@ def test_a_command_that_fails_is_one_line(small, monkeypatch, capfd):
     with pytest.raises(SystemExit) as stopped:
         small("off_rl")
     assert stopped.value.code == 2 and "argument --lr" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_seed_that_fails_leaves_the_others_in_the_tables(small, monkeypatch, tmp_path, capsys):
+    plain = real.call
+
+    def failing(module, *words):
+        if module == "full_scale.train" and words[words.index("--seed") + 1] == 1:
+            raise UserError("no seed 1")
+        plain(module, *words)
+
+    monkeypatch.setattr(real, "call", failing)
+    with pytest.raises(SystemExit):
+        small("off_rl")
+    assert "no seed 1" in capsys.readouterr().err and list(real.study(tmp_path / "results")["off_rl"]) == [0]
+    assert "| `off_rl` |" in (tmp_path / "results" / "results.md").read_text()
 
 
 def test_verdicts_of_made_up_runs():
@@ -182,7 +204,7 @@ def test_the_texts_state_its_numbers():
         assert re.search(rf"^\| {claim}: .*\*\*{verdict}\*\*", text, flags=re.M), claim
     assert "5.92, 3.29 to 10.7 (claim: < 1)" in text and "is 5.92, and the interval goes from 3.29 to 10.7." in prose
     assert section.count("undecided") == 3 and bullet.count("undecided") == 1
-    assert re.search(r"R1b: .* \| 0\.15 \| \*\*undecided", text) and "claims p is 0.15, so" in prose
+    assert re.search(r"R1b: .* \| 0\.15 \| \*\*undecided", text) and "claims, p is 0.15, so" in prose
     cases = real.study(Path("results/smollm2"))
     logs = {name: [run.log for run in cases[name].values()] for name in cases}
     rates = [name for name in cases if name.endswith("e-06") or name.endswith("e-05")]
@@ -200,6 +222,8 @@ def test_the_texts_state_its_numbers():
     assert sorted(accuracies[1:]) == accuracies[1:] and len(accuracies) == len(LABELS)
     rank = stats.spearmanr(list(ratio.values()), accuracies[1:])[0]
     assert f"Over the eight losses the rank correlation of the two is {rank:.2f}." in prose and len(ratio) == 8
+    swapped = [label for label, other in zip(ratio, sorted(ratio, key=ratio.get, reverse=True)) if label != other]
+    assert swapped == ["SFT", "TOPR"] and "Of all eight, SFT and TOPR alone have changed places." in prose
     forecasts = [[cell.split()[0].strip(",") for cell in row.split(" | ")[4:]] for row in text.splitlines()[-3:]]
     (near, far, straight), (slow_near, slow_far, slow_straight), (long_near, long_far, long_straight) = forecasts
     assert {round(96 * log["accuracy_0.7"][-1]) for log in logs["fpa"]} == {62} and "62 of 96 answers" in prose
@@ -215,7 +239,9 @@ def test_the_texts_state_its_numbers():
     assert f"up to step 30 is {slow_straight} at 1e-6, and {straight} at 2e-5." in prose
     assert f"The two numbers are {long_near} and {long_far}, for the" in prose and len(logs["slow_long_forecast"]) == 1
     assert float(slow_near) < 1 > float(slow_far) and float(long_near) > 1 < float(long_far)
-    assert "At a learning rate of 1e-6 it was one after 10 steps, and none after 100." in bullet
+    assert "At a learning rate of 1e-6 it was one at step 10. At step 100 it was none, on the one seed" in " ".join(
+        bullet.split()
+    )
     moved = np.cumsum([0, *(warmup_cosine(step, 10, 300) for step in range(300))])  # on a straight line
     on_line = [((moved[later] - later / 100 * moved[100]) / (moved[later] - moved[100])) ** 2 for later in (200, 300)]
     assert f"would have {on_line[0]:.2f} and {on_line[1]:.1f}. R² up to step 300 is {long_straight}." in prose

@@ -15,7 +15,7 @@ from test_train import TINY
 import plots
 import train
 from plumbing import files
-from plumbing.files import UserError
+from plumbing.files import UserError, write_csv
 from study import claims, drawing, experiments, results, tables, tune
 from toy_math import stages
 
@@ -67,7 +67,7 @@ def test_each_run_is_of_one_machine():
     "value", [0, 1.0, 0.1 + 0.2, 1e-300, True, "toy", "1", "true", "null", "", "a,b", 'a "b"', "two\nlines", [1, "x"], {}, "π"]
 )
 def test_a_cell_is_read_as_it_was_written(value, tmp_path):
-    tables.write_table(tmp_path / "runs.csv", [{"id": "1", **tables.flat({"a": value, "b": {"c": value, "none": None}})}])
+    write_csv(tmp_path / "runs.csv", tables.filled([{"id": "1", **tables.flat({"a": value, "b": {"c": value, "none": None}})}]))
     (row,) = results.read_rows(tmp_path / "runs.csv")
     config = results.config_of(row)
     assert config == {"a": value, "b": {"c": value}} and type(config["a"]) is type(value)
@@ -136,7 +136,7 @@ def test_a_gathering_that_was_cut_off_is_made_good(tmp_path):
     tables.gather(tmp_path / "runs", folder, names)
     whole = contents(folder)
     rows = results.read_rows(folder / "runs.csv")
-    tables.write_table(folder / "runs.csv", rows[:2])  # the file that is written last
+    write_csv(folder / "runs.csv", tables.filled(rows[:2]))  # the file that is written last
     assert tables.gather(tmp_path / "runs", folder, names) == 4
     assert contents(folder) == whole
 
@@ -275,10 +275,10 @@ def test_only_what_is_missing_is_run(tmp_path, monkeypatch, capsys):
     whole = {name: results.read_rows(folder / f"{name}.csv") for name in ("runs", "entanglement")}
     shutil.move(tmp_path / "runs", tmp_path / "kept")
     for name, expected in (("runs", [({1}, 1, True), ({1}, 1, False)]), ("entanglement", [({1}, 1, True)])):
-        tables.write_table(folder / f"{name}.csv", [row for row in whole[name] if row["id"] not in gone])
+        write_csv(folder / f"{name}.csv", tables.filled([row for row in whole[name] if row["id"] not in gone]))
         (tmp_path / "runs").mkdir(exist_ok=True)
         assert what_is_asked() == expected
-        tables.write_table(folder / f"{name}.csv", whole[name])
+        write_csv(folder / f"{name}.csv", tables.filled(whole[name]))
 
 
 def test_cases_of_the_same_stages_are_trained_together_and_gathered_after_an_error(tmp_path, monkeypatch):

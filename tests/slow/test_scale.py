@@ -8,6 +8,7 @@ import torch
 from test_train import TINY
 
 from losses import LOSSES, objective
+from plumbing.files import UserError
 from plumbing.keeper import adamw
 from study import experiments, results, scale, tables, tune
 
@@ -93,6 +94,16 @@ def test_the_runs_go_from_the_grid_to_the_cases_and_into_the_tables(tmp_path, mo
         without_grid.setattr(experiments, "at_best", lambda name, runs: {})
         scale.run(["all", *where])
     assert stopped.value.code == 2 and "python -m study.experiments lambda-grid" in capsys.readouterr().err
+    with monkeypatch.context() as broken, pytest.raises(SystemExit):
+        train_all = scale.changed.train_all
+
+        def failing(*some):
+            train_all(*some)
+            raise UserError("after its runs")
+
+        broken.setattr(scale.changed, "train_all", failing)
+        scale.run(["all", *where])
+    assert len(tables.held(tmp_path / "tables")[0]) == 6 + 2  # AdamW's two are gathered all the same
     scale.run(["all", *where])
     runs = results.read_folder(tmp_path / "tables")
     assert len(runs) == 2 * 2 + 4 and all(run.config["loss"] == "fpa" for run in runs)

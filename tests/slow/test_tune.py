@@ -76,7 +76,6 @@ def test_the_command_runs_a_search_resumes_it_and_publishes_it(tmp_path, monkeyp
     monkeypatch.setattr(tune, "ROUNDS", 1)
     monkeypatch.setattr(tune, "SEEDS", (0, 1, 2))
     monkeypatch.setattr(tune, "BUDGET", " ".join(TINY))
-    tune.budget.cache_clear()
     words = ["--out", tmp_path / "runs", "--to", tmp_path / "results", "--jobs", "1"]
     tune.run(["sft", *map(str, words)])
     printed = capsys.readouterr().out
@@ -88,7 +87,6 @@ def test_the_command_runs_a_search_resumes_it_and_publishes_it(tmp_path, monkeyp
     tune.run(list(map(str, words)))
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 1 + len(FAMILIES) and sum("--loss sft --lr" in line for line in listed) == 1
-    tune.budget.cache_clear()
 
 
 def test_an_unknown_family_is_one_line(capsys):
