@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -152,24 +153,53 @@ def test_the_loop_is_a_plain_one_over_the_copyable_losses(loss, finished, tmp_pa
         torch.testing.assert_close(tensor, trained[name], rtol=0, atol=0.02 * moved)
 
 
+def test_kto_gets_its_z0_from_the_policy_and_the_base_model(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+    monkeypatch.setattr(stages, "VALIDATION_PROBLEMS", 8)
+    monkeypatch.setattr(stages, "TEST_PROBLEMS", 8)
+    moved, taken = [], []
+
+    def z0(model, reference, b):
+        ours, theirs = (policy(b.inputs, b.start) for policy in (model, reference))
+        torch.testing.assert_close(theirs, b.ref_logits, rtol=1e-4, atol=1e-4)
+        moved.append((ours - theirs).abs().max().item())
+        return torch.tensor(0.7)
+
+    @functools.wraps(losses.kto)
+    def kto(logratio, reward, z0, beta=0.1):
+        taken.append(z0.item())
+        return losses.kto(logratio, reward, z0, beta)
+
+    monkeypatch.setattr(train, "kto_z0", z0)
+    monkeypatch.setitem(losses.LOSSES, "kto", dataclasses.replace(losses.LOSSES["kto"], function=kto))
+    train.run(["--loss", "kto", *TINY, "--steps", "3", "--out", str(tmp_path)])
+    assert taken == [pytest.approx(0.7)] * 3 and moved[0] < 1e-4 < moved[-1]
+
+
 def test_percentiles_are_those_of_the_monitored_rows(finished, tmp_path):
     world, (folder,) = tiny_world(finished, tmp_path), folders(finished[0], "fpa")
     data, model = world.rollouts, stages.GPT(stages.CONFIG)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     mask = torch.cat([torch.zeros(len(data), data.start, dtype=torch.bool), data.mask], dim=1)
     with torch.no_grad():
-        present, ref = (losses.token_logps(policy(data.inputs), data.inputs, mask).sum(-1) for policy in (model, world.base))
+        logits, ref_logits = model(data.inputs), world.base(data.inputs)
+    policies = logits, ref_logits, 3 * logits - 2 * ref_logits  # λ = 2
+    present, ref, future = (losses.token_logps(h, data.inputs, mask).sum(-1) for h in policies)
+    pi, pihat = ((logp_sum / mask.sum(-1)).exp().numpy() for logp_sum in (present, future))
     logratio, reward = (present - ref).numpy(), data.reward.numpy()  # all rows: of each kind there are fewer than MONITORED
     assert max((reward > 0).sum(), (reward < 0).sum()) < train.MONITORED
     first, last = read_log(folder)[0], read_log(folder)[-1]
-    for kind, rows in (("correct", logratio[reward > 0]), ("incorrect", logratio[reward < 0])):
+    kinds = {"correct": reward > 0, "incorrect": reward < 0}
+    for kind, rows in ((kind, logratio[of_kind]) for kind, of_kind in kinds.items()):
         for percent in (5, 25, 50, 75, 95):
             logged = float(last[f"logratio_{kind}_p{percent}"])
             assert logged == pytest.approx(np.percentile(rows, percent), rel=1e-3, abs=1e-4)
             assert float(first[f"logratio_{kind}_p{percent}"]) == pytest.approx(0, abs=1e-4)
         assert float(last[f"logratio_{kind}_below_0"]) == pytest.approx((rows < 0).mean(), abs=1e-6)
         assert float(last[f"logratio_{kind}"]) == pytest.approx(rows.mean(), rel=1e-3)
-    assert 0 < float(last["logratio_incorrect_below_0"]) < 1
+        assert float(last[f"pi_{kind}"]) == pytest.approx(pi[kinds[kind]].mean(), rel=1e-4)
+        assert float(last[f"pihat_{kind}"]) == pytest.approx(pihat[kinds[kind]].mean(), rel=1e-4)
+    assert 0 < float(last["logratio_incorrect_below_0"]) < 1 and abs(pihat / pi - 1).max() > 0.01
 
 
 def test_test_problems_are_measured_in_the_first_and_the_last_row_only(finished, tmp_path):
@@ -330,6 +360,11 @@ def test_training_data_start_at_the_first_completion_token(finished, tmp_path):
     assert data.reward.tolist() == [1 if row["label"] else -1 for row in rows]
     assert data.clean.tolist() == [row["first_wrong_step"] is None for row in rows]
     assert torch.equal(data.length, data.mask.sum(-1)) and 0 < world.measured["share_correct"] < 1
+    for row, mean, value in zip(rows, data.mean_reward.tolist(), data.value.tolist()):  # A*-PO's V*, and the pessimistic loss'
+        right = [float(other["label"]) for other in rows if other["problem_id"] == row["problem_id"]]
+        assert mean == pytest.approx(2 * np.mean(right) - 1, abs=1e-6)
+        assert value == pytest.approx(0.5 * np.log(np.mean(np.exp(np.divide(right, 0.5)))), abs=1e-5)
+    assert len(data.mean_reward.unique()) > 2
 
 
 @pytest.mark.parametrize("flag", ["--ops 2", "--slip 0.2", "--habit 0.5", "--task slips", "--base-steps 7", "--seed 1",

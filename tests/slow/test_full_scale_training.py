@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,13 +29,17 @@ import full_scale.load_hf
 import full_scale.rollouts
 import full_scale.store
 import full_scale.train
-from full_scale.data import read_data
+from full_scale.data import micro_batches, other_prompts, read_data
 from full_scale.load_hf import load_pretrained, save_pretrained
+from full_scale.policy import build
+from full_scale.processes import start_processes
 from full_scale.prompts import ChatTokenizer
+from full_scale.reference import Reference
 from full_scale.rollouts import read_problems
 from full_scale.verdict import is_correct
 from losses import LOSSES, token_logps
 from plumbing import files
+from plumbing.batches import batch_order
 
 
 @pytest.fixture(scope="module")
@@ -205,13 +210,14 @@ def test_the_last_row_of_the_log_is_that_of_the_two_checkpoints(checkpoint, alon
     data = read_data(full_scale.train.parse_args(words), tokenizer)
     load = transformers.AutoModelForCausalLM.from_pretrained
     models = [load(folder, dtype=torch.float32) for folder in (next(alone[0].glob("*/model")), checkpoint)]
-    measured = []
+    measured, ref_pi = [], []
     for ids, start in zip(data.tokens, data.prompt_length.tolist()):
         with torch.no_grad():
             logits, ref_logits = (model(ids[None]).logits[0, start - 1 : -1] for model in models)
         policies = logits, ref_logits, 3 * logits - 2 * ref_logits  # λ = 2
         present, ref, future = (h.log_softmax(-1).gather(1, ids[start:, None]).sum() for h in policies)
         measured.append([present - ref, (present / len(ids[start:])).exp(), (future / len(ids[start:])).exp()])
+        ref_pi.append((ref / len(ids[start:])).exp())
     measured, last, ahead = torch.tensor(measured), alone[1][-1], []
     for kind, members in {"correct": data.reward > 0, "incorrect": data.reward < 0}.items():
         assert 0 < members.sum() <= full_scale.train.MONITORED  # so that all of them are monitored
@@ -219,6 +225,58 @@ def test_the_last_row_of_the_log_is_that_of_the_two_checkpoints(checkpoint, alon
         assert [last[f"{name}_{kind}"] for name in ("logratio", "pi", "pihat")] == pytest.approx(expected, rel=1e-3)
         ahead.append(abs(expected[2] / expected[1] - 1))
     assert max(ahead) > 0.01  # so that another λ would show
+    rows, first, ref_pi = batch_order(data.reward, 6, 8, 0)[0], alone[1][1], torch.stack(ref_pi)
+    for kind, sign in (("correct", 1), ("incorrect", -1)):  # at the first step, which this row is of, π̂ is π
+        assert first[f"coefficient_{kind}"] == pytest.approx(ref_pi[rows[data.reward[rows] == sign]].mean().item(), rel=1e-3)
+    assert first["tokens_trained"] == data.length[rows].sum() and first["below_0.2_pi"] == 4
+
+
+def test_values_and_means_are_those_of_a_row_s_problem(checkpoint, tmp_path):
+    lines = ROLLOUTS.read_text().splitlines()[1:]  # without the first, its problem has more incorrect rows
+    words = ["--init", str(checkpoint), "--data", str(write(tmp_path / "rows.jsonl", *lines))]
+    data = read_data(full_scale.train.parse_args(words), ChatTokenizer(checkpoint))
+    for i, problem in enumerate(data.problem_ids):
+        reward = data.reward[data.problem_ids == problem]
+        assert data.mean_reward[i] == reward.mean()
+        torch.testing.assert_close(data.value[i], 0.5 * ((reward > 0) / 0.5).exp().mean().log())
+    assert len(data.mean_reward.unique()) > 1
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    yield start_processes()
+    torch.distributed.destroy_process_group()
+
+
+def test_z0_is_the_mean_log_ratio_after_prompts_of_other_problems(checkpoint, tmp_path, mesh):
+    """Of the policy over the reference, from whole sequences of the plain models."""
+    assert other_prompts([0, 0, 1, 1, 2]).tolist() == [2, 2, 4, 4, 0]
+    make_checkpoint(tmp_path / "moved", seed=1)
+    (tmp_path / "cache").mkdir()
+    words = ["--init", str(checkpoint), "--data", str(ROLLOUTS), "--out", str(tmp_path), "--micro-batch", "2"]
+    args, run = full_scale.train.parse_args(words), SimpleNamespace(loss="kto", lam=0.0)
+    data = read_data(args, ChatTokenizer(checkpoint), mismatched=True)
+    folders = {"moved": tmp_path / "moved", "reference": checkpoint}
+    built = {name: build(args, folder, mesh) for name, folder in folders.items()}
+    plain = {name: load_pretrained(folder)[0] for name, folder in folders.items()}
+    rows, total = torch.arange(8), {}
+    for name, other in (("moved", "reference"), ("reference", "moved")):
+        reference = Reference(args, [run], built[other], data, other, mesh)
+        z0 = full_scale.train.kto_z0(built[name], data, reference, micro_batches(data, rows, 2))
+        ratios = []
+        for row in rows.tolist():
+            prompt = data.other_prompt[row].item()
+            assert data.problem_ids[prompt] != data.problem_ids[row]
+            start = data.prompt_length[prompt].item()
+            ids = torch.cat([data.tokens[prompt][:start], data.tokens[row][data.prompt_length[row] :]])[None]
+            mask = torch.arange(ids.shape[1])[None] >= start
+            with torch.no_grad():
+                present, ref = (token_logps(plain[policy](ids), ids, mask).sum() for policy in (name, other))
+            ratios.append((present - ref).item())
+        total[name] = np.mean(ratios)
+        assert z0.item() == pytest.approx(max(total[name], 0), abs=1e-4)
+    assert total["moved"] == pytest.approx(-total["reference"]) and abs(total["moved"]) > 0.01
 
 
 def test_the_precision_and_the_rate_by_default(monkeypatch):
