@@ -1,5 +1,7 @@
 """explain.py: the numbers on the screen are those of a step, and the marks are where they say."""
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -21,10 +23,10 @@ def out(tmp_path_factory):
 
 
 def screen_of(out, loss, *words):
-    command = [sys.executable, "train.py", "--explain", loss, *TINY, "--out", str(out), *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        explain.run([loss, *TINY, "--out", str(out), *words])
+    return printed.getvalue()
 
 
 def numbers(screen, name, start=""):

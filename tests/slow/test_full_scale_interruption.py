@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT
 from test_full_scale import ROLLOUTS, write
 from test_full_scale_training import QUICK, interrupt, kill_at, log_of, run_module, saved_step
-from test_interruption import KILLS
+from test_interruption import KILLS, Forked
 
 from full_scale.processes import start_processes
 from full_scale.store import ShardedStore, block_checksum
@@ -23,17 +24,6 @@ TRAIN = [*QUICK, "--steps", 24, "--eval-every", 4]  # saved at every second step
 SAMPLE = ["--n", 2, "--temperature", 0, "--max-tokens", 24, "--at-once", 2]
 
 
-def start(module, *flags, processes=1):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    words = [sys.executable, *launch, "-m", f"full_scale.{module}", *map(str, flags)]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(process, condition):
-    while process.poll() is None and not condition():
-        time.sleep(0.01)
-
-
 def kill(process, chance):
     """SIGKILL a command and all that it started; of several processes sometimes one alone, whose end ends the others."""
     started = psutil.Process(process.pid).children(recursive=True)
@@ -41,49 +31,54 @@ def kill(process, chance):
     for one in [chance.choice(started)] if alone else [process, *started]:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             one.kill()
-    process.communicate(timeout=100)
+    process.wait(timeout=100)
     psutil.wait_procs(started, timeout=100)
 
 
-def killed_again_and_again(kills, begin, began, finished):
-    """Kill a command at random moments, up to four times a run, until all kills are done -> how often a run went on.
+def timed(forked, words, printed, seconds):
+    """A forked command -> as `command` below."""
+    began = time.time()
+    return forked.run(words, printed, seconds), time.time() - began
 
-    begin(run) starts the command, began(run) says that its work has begun, finished(run) looks at what it left. The run "whole"
-    comes first, and is not killed: it says how long one takes.
+
+def two_processes(words, printed, seconds, chance):
+    """full_scale.train behind torchrun, killed some seconds after it has the reference -> as `command` below."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "full_scale.train"]
+    with printed.open("w") as file:
+        process = subprocess.Popen([sys.executable, *launch, *map(str, words)], cwd=ROOT, stdout=file, stderr=file)
+    while process.poll() is None and "reference " not in printed.read_text():
+        time.sleep(0.01)
+    began = time.time()
+    try:
+        return process.wait(timeout=200 if seconds is None else seconds), time.time() - began
+    except subprocess.TimeoutExpired:
+        kill(process, chance)
+        return -signal.SIGKILL, seconds
+
+
+def killed_again_and_again(kills, command, finished, tmp_path):
+    """Kill a command at random moments, up to four times a run, until all kills are done -> how often it went on.
+
+    command(run, printed, seconds, chance) runs it, and kills it after some seconds of its work, if there are any -> its exit
+    code, -9 if it was killed, and the seconds of its work. finished(run) looks at what it left. The run "whole" comes first,
+    and is not killed: it says how long one takes.
     """
-    whole = begin("whole")
-    wait_for(whole, lambda: began("whole"))
-    start_of_work = time.time()
-    assert whole.wait(timeout=200) == 0, whole.communicate()[0]
-    seconds = time.time() - start_of_work
+    code, seconds = command("whole", tmp_path / "whole.txt", None, None)
+    assert code == 0, (tmp_path / "whole.txt").read_text()
     chance, left, run, resumed = random.Random(0), kills, 0, 0
     while left > 0:
         until, code, run = max(left - 4, 0), None, run + 1
-        while code is None:
-            process = begin(run)
-            wait_for(process, lambda: began(run))  # noqa: B023
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = process.wait(timeout=chance.uniform(0, seconds) if left > until else 200)
-            if code is None:
-                kill(process, chance)
-                left -= 1
-        text = process.communicate()[0]
-        assert code == 0, text
-        resumed += "resuming " in text
+        while code != 0:
+            printed = tmp_path / f"{run}-{left}.txt"
+            code, _ = command(run, printed, chance.uniform(0, seconds) if left > until else None, chance)
+            assert code in (0, -signal.SIGKILL), printed.read_text()
+            left, resumed = left - (code != 0), resumed + ("resuming " in printed.read_text())
         finished(run)
     return resumed
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, KILLS - KILLS // 2), (2, KILLS // 2)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, KILLS - KILLS // 5), (2, KILLS // 5)])
 def test_kills_of_training_at_random_moments_lose_nothing(processes, kills, checkpoint, tmp_path):
-    def begin(run):
-        return start(
-            "train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path / str(run), *TRAIN, processes=processes
-        )
-
-    def began(run):
-        return (tmp_path / str(run) / "cache").exists()
-
     def content(run):
         """What a run must repeat byte for byte."""
         return str(log_of(tmp_path / str(run))), next(tmp_path.glob(f"{run}/*/model/model.safetensors")).read_bytes()
@@ -92,23 +87,31 @@ def test_kills_of_training_at_random_moments_lose_nothing(processes, kills, chec
         assert content(run) == content("whole")
         assert not list(tmp_path.glob(f"{run}/*/checkpoint*")) and not list((tmp_path / str(run)).rglob("*.part"))
 
-    assert killed_again_and_again(kills, begin, began, finished) > 0
+    with Forked("full_scale.train") as forked:
+
+        def command(run, printed, seconds, chance):
+            words = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path / str(run), *TRAIN]
+            if processes > 1:
+                return two_processes(words, printed, seconds, chance)
+            return timed(forked, words, printed, seconds)
+
+        assert killed_again_and_again(kills, command, finished, tmp_path) > kills // 4
 
 
 def test_kills_of_sampling_at_random_moments_lose_nothing(checkpoint, tmp_path):
     problems = write(tmp_path / "problems.jsonl", *({"problem": f"{i}+{i}?", "answer": 2 * i} for i in range(60)))
 
-    def begin(run):
-        return start("rollouts", "--model", checkpoint, "--problems", problems, "--out", tmp_path / f"{run}.jsonl", *SAMPLE)
-
-    def began(run):
-        return (tmp_path / f"{run}.jsonl.lock").exists() or (tmp_path / f"{run}.jsonl").exists()
-
     def finished(run):
         lines = [(tmp_path / f"{name}.jsonl").read_text().splitlines() for name in (run, "whole")]
         assert len(lines[0]) == 120 and sorted(lines[0]) == sorted(lines[1])
 
-    assert killed_again_and_again(KILLS, begin, began, finished) > 0
+    with Forked("full_scale.rollouts") as forked:
+
+        def command(run, printed, seconds, chance):
+            words = ["--model", checkpoint, "--problems", problems, "--out", tmp_path / f"{run}.jsonl", *SAMPLE]
+            return timed(forked, words, printed, seconds)
+
+        assert killed_again_and_again(KILLS, command, finished, tmp_path) > KILLS // 4
 
 
 # --- checkpoints

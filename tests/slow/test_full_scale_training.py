@@ -377,20 +377,6 @@ def same(ours, expected):
     assert str(ours) == str(expected)
 
 
-def test_a_run_killed_from_outside_goes_on(checkpoint, alone, tmp_path):
-    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK]
-    command = [sys.executable, "-m", "full_scale.train", *map(str, flags)]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in running.stdout:
-        if line.startswith("step     4/"):  # the checkpoint of step 2 is there, that of 4 perhaps
-            os.kill(running.pid, signal.SIGKILL)
-            break
-    running.wait()
-    done = run_module("train", *flags)
-    assert "from step " in done.stdout
-    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
-
-
 @pytest.mark.parametrize("moment", ["part is whole", "old is moved", "old is half gone", "part is half written"])
 def test_a_checkpoint_that_was_being_replaced_is_taken_up(moment, checkpoint, alone, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:

@@ -21,11 +21,6 @@ from toy_math import rollouts, stages
 from toy_math.problems import Verdict, read_problem
 
 
-def test_the_whole_pipeline_repeats_with_its_seed(finished, tmp_path):
-    train.run(["--loss", "fpa", *TINY, "--out", str(tmp_path)])
-    assert without_seconds(folders(tmp_path, "fpa")[0]) == without_seconds(folders(finished[0], "fpa")[0])
-
-
 def test_targets_in_the_real_loop(finished, tmp_path):
     words = ["--loss", "fpa", "--lam", "8", "--target", "both", "correct", "incorrect"]
     logs = {f.name.split("-prompts")[0]: read_log(f)[-1] for f in run_with_cache(finished, tmp_path, *words)}
