@@ -8,6 +8,7 @@ The command also draws the figures of study/figures.py. `python -m study.verdict
 """
 
 import functools
+import itertools
 import os
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from study.drawing import (
     panel_accuracy,
     styled,
 )
-from study.results import by, by_method, label, main_runs, mean_and_interval, read_folder, summary, where
+from study.results import METRIC, by, by_method, label, main_runs, mean_and_interval, read_folder, summary, where
 
 CORRECT = "logratio_correct"
 SPREAD = {(5, 95): 0.22, (25, 75): 0.45}  # percentiles of the correct rows between which a band lies: its opacity
@@ -197,6 +198,35 @@ def figure_lambda(runs):
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure, chosen
+
+
+def figure_rates(runs):
+    """A line shows the final accuracy at each learning rate, the mean of two seeds. A dot is the mean of eight other seeds at
+    the best rate, and the bar is its interval. The right panel has λ = 2 on some rows, and Off-RL.
+    """
+    names = ("lambda-grid", "targets-grid"), ("lambda", "targets")
+    grid, best = (list(itertools.chain(*(figures.of_experiment(runs, name) for name in some))) for some in names)
+    if not grid:
+        return None
+    figure, axes = canvas(1, 2, row_height=4)
+    panels = {
+        "FPA's λ, on both kinds of rows": lambda run: run.get("target") in (None, "both"),
+        "rows that take the future policy's weight": lambda run: run.get("lam") in (0, 2),
+    }
+    for axis, (title, shown) in zip(axes, panels.items()):
+        methods = by_method(filter(shown, grid))
+        for shift, (colour, method, some) in enumerate(coloured(methods)):
+            if len(methods) > 4 and some[0].get("lam"):  # in order, where the shades of one loss are not
+                colour = drawing.plt.get_cmap("viridis")(shift / len(methods))
+            rates = by(some, lambda run: run.config["lr"])
+            means = [np.mean([run.log[METRIC][-1] for run in two]) for two in rates.values()]
+            axis.plot(list(rates), means, color=colour, label=label(method))
+            if ends := [run for run in best if run.method == method]:
+                mean, half = mean_and_interval([run.log[METRIC][-1] for run in ends])
+                axis.errorbar(ends[0].config["lr"] * 1.04**shift, mean, half, fmt="o", color=colour, capsize=3)
+        axis.set(title=title, xscale="log", xlabel="learning rate, log scale", ylabel="accuracy, T = 0.7", ylim=(0, 1))
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    return figure, [*grid, *best]
 
 
 FIGURES = {**drawing.figures_of(globals()), **figures.FIGURES}

@@ -174,31 +174,6 @@ def figure_controls(runs):
     return figure, chosen
 
 
-def figure_rates(runs):
-    """A line shows the final accuracy at each learning rate, the mean of two seeds. A dot is the mean of eight other seeds at
-    the best rate, and the bar is its interval. The right panel has λ = 2 on some rows, and Off-RL.
-    """
-    grid, best = ([run for name in ("lambda", "targets") for run in of_experiment(runs, name + end)] for end in ("-grid", ""))
-    if not grid or not best:
-        return None
-    figure, axes = canvas(1, 2, row_height=4)
-    titles = "FPA's λ, on both kinds of rows", "the rows that take the future policy's weight"
-    every_lam = [run for run in grid if run.get("target") in (None, "both")]
-    every_target = [run for run in grid if run.get("lam") in (0, 2)]
-    for axis, title, some in zip(axes, titles, (every_lam, every_target)):
-        for shift, (colour, method, seeds) in enumerate(coloured(by_method(some))):
-            means = {
-                lr: np.mean([run.log[METRIC][-1] for run in two]) for lr, two in by(seeds, lambda run: run.config["lr"]).items()
-            }
-            axis.plot(list(means), list(means.values()), color=colour, linewidth=1.2, label=label(method))
-            if ends := [run for run in best if run.method == method]:
-                mean, half = mean_and_interval([run.log[METRIC][-1] for run in ends])
-                axis.errorbar(ends[0].config["lr"] * 1.04**shift, mean, half, fmt="o", color=colour, capsize=3)
-        axis.set(title=title, xscale="log", xlabel="learning rate", ylabel="final accuracy, T = 0.7", ylim=(0, 1))
-        axis.legend(fontsize=8)
-    return figure, [*grid, *best]
-
-
 def figure_prompts(runs):
     """The final accuracy stands against the number of training prompts. All runs have as many steps, so fewer prompts are seen
     more often. A dot is a seed. The line joins the means, with their intervals.

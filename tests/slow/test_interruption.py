@@ -423,7 +423,7 @@ def limit_files(size):
 
 @pytest.mark.parametrize("size", [1000, 700_000])
 def test_a_disk_that_is_full_is_one_line(size, commanded, tmp_path):
-    """No file may grow beyond a size: at 1 kB the base model's checkpoint is too large, at 700 kB that of a run, its stages cached."""
+    """No file may grow beyond a size: the base model's checkpoint is beyond 1 kB, and that of a run beyond 700 kB."""
     if size > 1000:
         shutil.copytree(commanded / "cache", tmp_path / "cache")
     words = [sys.executable, "train.py", *COMMAND, "--out", str(tmp_path)]

@@ -456,8 +456,11 @@ def test_claims_without_their_runs_are_not_run(tmp_path):
 
 # --- figures
 
-OF_THE_STUDY = {"ratio", "diversity"}  # which have runs of many losses to show
-OF_EXTRAPOLATION = {"extrapolation", "extrapolation_map", "forecast", "push"}  # the experiment
+OF_THE_STUDY = {"rates", "ratio", "diversity"}  # which have runs of many losses to show
+EXPERIMENTS = {  # of the figures that are not of `main`: {figure: (experiments, seeds)}
+    **dict.fromkeys(("extrapolation", "extrapolation_map", "forecast", "push"), ({"extrapolation"}, results.SEEDS)),
+    "rates": ({"lambda", "lambda-grid", "targets", "targets-grid"}, (1000, 1001, *results.SEEDS)),
+}
 LATER = {"drag", "push", *OF_THE_STUDY}  # whose columns the first study lacks
 
 
@@ -580,6 +583,24 @@ def test_the_studys_figures_show_what_they_say():
     drawing.plt.close("all")
 
 
+def test_a_case_is_drawn_at_every_rate_and_at_its_best_one():
+    def runs(name, *lrs, seeds=(1000, 1001), lam=2.0, target="both"):
+        settings = {"lam": lam, "target": target, "experiments": (name,)}
+        return [of_the_study("fpa", 100 * lr + lam / 10, lr=lr, seed=seed, **settings) for lr in lrs for seed in seeds]
+
+    grid = [*runs("lambda-grid", 1e-4, 1e-3, lam=1.0), *runs("lambda-grid", 1e-4, 1e-3)]
+    grid += [*runs("targets-grid", 1e-4, 1e-3, target="incorrect"), *runs("lambda", 1e-3, seeds=results.SEEDS)]
+    figure, chosen = plots.FIGURES["rates"](grid)
+    check_hygiene(figure)
+    left, right = ([tuple(line.get_ydata()) for line in axis.lines if len(line.get_xdata()) == 2] for axis in figure.axes)
+    assert left == [pytest.approx((0.11, 0.2)), pytest.approx((0.21, 0.3))] and len(right) == 2 and len(chosen) == len(grid)
+    for axis, shift in zip(figure.axes, (1, 0)):
+        (dot,) = [bar.lines[0] for bar in axis.containers]
+        assert (dot.get_xdata()[0], dot.get_ydata()[0]) == pytest.approx((1e-3 * 1.04**shift, 0.3))
+    assert plots.FIGURES["rates"](runs("lambda", 1e-3)) is None
+    drawing.plt.close("all")
+
+
 @pytest.mark.parametrize("name", [name for name in plots.FIGURES if name not in LATER])
 def test_figures_are_those_of_the_tables(name):
     figure, chosen = plots.FIGURES[name](RUNS)
@@ -596,9 +617,9 @@ def test_other_figures_are_those_of_their_runs(path):
     figure, chosen = plots.FIGURES[path.stem](results.read_folder(path.parents[1]))
     check_hygiene(figure)
     drawing.plt.close(figure)
-    if path.parents[1] == Path("results"):  # of the default task, and of no tuning
-        experiment, seeds = ("extrapolation", results.SEEDS) if path.stem in OF_EXTRAPOLATION else ("main", range(5))
-        assert {run.config["seed"] for run in chosen} <= set(seeds) and all(experiment in run.experiments for run in chosen)
+    if path.parents[1] == Path("results"):  # of the default task, and of no tuning but where it is asked for
+        names, seeds = EXPERIMENTS.get(path.stem, ({"main"}, range(5)))
+        assert {run.config["seed"] for run in chosen} <= set(seeds) and all(names & {*run.experiments} for run in chosen)
     assert Image.open(path).text["Description"] == drawing.fingerprint(chosen)
 
 
