@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPTConfig
 from plumbing import jobs
-from study import bench, bench_full_scale
+from study import bench, bench_full_scale, measuring
 from toy_math.problems import Problem, verify
 
 PAGE = bench.ROOT / "docs" / "bench.md"
@@ -47,6 +47,12 @@ def test_a_ratio_is_taken_round_by_round():
     calls = []
     seconds = bench.in_turn(2, a=lambda: calls.append("a"), b=lambda: calls.append("b"))
     assert calls == list("ababab") and seconds["a"].shape == (2,)
+
+
+def test_we_are_compared_with_the_fastest_peer():
+    seconds = {"ours": np.array([1.0, 1, 2]), "sdpa": np.array([2.0, 2, 4]), "eager": np.array([3.0, 3, 3])}
+    row = measuring.against_best("x", seconds, 1.5)
+    assert row == ("x", "2.00 (2.00–2.00): 2000 ms (sdpa) / 1000 ms", "≥ 1.5", "yes")
 
 
 def test_a_step_of_bench_trains_and_off_rl_needs_no_reference():
