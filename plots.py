@@ -201,8 +201,8 @@ def figure_lambda(runs):
 
 
 def figure_rates(runs):
-    """A line shows the final accuracy at each learning rate, the mean of two seeds. A dot is the mean of eight other seeds at
-    the best rate, and the bar is its interval. The right panel has λ = 2 on some rows, and Off-RL.
+    """A line shows the final accuracy at each learning rate, the mean of two seeds. A dot, moved a little aside, is the mean of
+    eight other seeds at the best rate, and the bar is its interval. The right panel has λ = 2 on some rows, and Off-RL.
     """
     names = ("lambda-grid", "targets-grid"), ("lambda", "targets")
     grid, best = (list(itertools.chain(*(figures.of_experiment(runs, name) for name in some))) for some in names)
@@ -224,7 +224,7 @@ def figure_rates(runs):
             if ends := [run for run in best if run.method == method]:
                 mean, half = mean_and_interval([run.log[METRIC][-1] for run in ends])
                 axis.errorbar(ends[0].config["lr"] * 1.04**shift, mean, half, fmt="o", color=colour, capsize=3)
-        axis.set(title=title, xscale="log", xlabel="learning rate, log scale", ylabel="accuracy, T = 0.7", ylim=(0, 1))
+        axis.set(title=title, xscale="log", xlabel="learning rate, log scale", ylabel="accuracy, T = 0.7", ylim=(-0.02, 1))
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     return figure, [*grid, *best]
 

@@ -364,7 +364,8 @@ def test_the_readmes_numbers_are_those_of_the_results():
     assert len(numbers) == text.count("±") > 5
     for mean, half, word, name in numbers:
         places, sign = len(mean.partition(".")[2]), -1 if word == "below" else 1
-        measured = real_claims()[name].measured if name in real_claims() else claimed()[name]
+        on_habit = studied()[1] if name in ("C8", "C9") else real_claims()
+        measured = on_habit[name].measured if name in on_habit else claimed()[name]
         found = [results.mean_and_interval(number.values) for number in measured if len(number.values)]
         assert (mean, half) in [(f"{sign * m:.{places}f}", f"{h:.{places}f}") for m, h in found], (mean, half, name)
     assert all("lr 2e-05" in number.text and number.supports() for number in claimed()["C10"][:2])  # a forecast there
@@ -481,6 +482,47 @@ def test_what_is_said_of_the_learning_rates_on_habit():
     text = " ".join(prose(README).split())
     assert f"Their rank correlation is {tail.split()[0]}. With the median it is {median.split()[0]}, which no claim" in text
     assert rule.verdicts(studied()[1])["N2"] == "contradicted"
+
+
+@pytest.mark.parametrize(
+    "heading, head, names",
+    [
+        ("λ | learning rate", "λ of FPA", {f"{lam:g}": f"λ = {lam}" for lam in experiments.LAMBDAS}),
+        ("FPA's weight on | learning rate", "rows", {"incorrect rows only": "incorrect", "correct rows only": "correct"}),
+    ],
+)
+def test_the_tables_of_cases_at_their_own_rates_are_those_of_results_md(heading, head, names):
+    page, shown = Path("results/results.md"), table(Path("docs/findings.md"), heading)
+    found = {name: cells for name, seeds, *cells in table(page, f"| {head} | seeds") if seeds == "8"}
+    found |= {name: cells for name, seeds, *cells in table(page, "| λ of FPA | seeds") if seeds == "8"}
+    rates = dict(table(page, "| case | learning rate"))
+    names = names if head != "rows" else {"no rows (Off-RL)": "λ = 0", "both kinds": "λ = 2"} | names
+    assert [row[0] for row in shown] == [*names]
+    for name, rate, *cells in shown:
+        cooler, warm, _, most, _ = found[f"`{names[name]}`"]
+        assert (rate, cells) == (rates[names[name]], [cooler, warm, most])
+
+
+def test_what_is_said_of_lam_and_of_targets_on_habit():
+    page = " ".join(prose(Path("docs/findings.md")).split())
+    held = tables.held(Path("results"))[0].values()
+    grid, incorrect = ([run for run in held if f"{name}-grid" in run.experiments] for name in ("lambda", "targets"))
+    incorrect = results.where(incorrect, target="incorrect")
+    correct = [run for run in held if "targets-grid" in run.experiments and run.get("target") == "correct"]
+    own = [run for run in grid if run.get("lam") > 0]
+    collapsed = [run for run in own if run.log["test_accuracy_0.7"][-1] < 0.02]
+    assert f"Of the {len(own)} runs of the grid with λ above 0, {len(collapsed)} end with" in page
+    assert all(run.config["lr"] >= 8e-4 and run.get("lam") >= 1 for run in collapsed)
+    assert all(run.log[f"coefficient_{kind}"][-1] < 0.005 for run in collapsed for kind in ("correct", "incorrect"))
+    assert len(incorrect) == len(correct) == 14 and min(run.log["test_accuracy_0.7"][-1] for run in incorrect) > 0.6
+    assert max(run.log["test_accuracy_0.7"][-1] for run in correct) == 0
+    for lr in experiments.RATES[:4]:
+        means = results.by(results.where(grid, lr=lr), lambda run: run.get("lam"))
+        means = {lam: np.mean([run.log["test_accuracy_0.7"][-1] for run in some]) for lam, some in means.items()}
+        assert sorted(means) == [*experiments.LAMBDAS] and np.all(np.diff([means[lam] for lam in sorted(means)[:5]]) > 0)
+    found = rule.verdicts(studied()[1])
+    assert (found["C8"], found["C9"]) == ("undecided", "supported")
+    assert "C9 is supported." in page and "so C8 is undecided." in page
 
 
 def test_what_is_said_of_the_forecast_on_habit():

@@ -239,9 +239,7 @@ def test_the_texts_state_its_numbers():
     assert f"up to step 30 is {slow_straight} at 1e-6, and {straight} at 2e-5." in prose
     assert f"The two numbers are {long_near} and {long_far}, for the" in prose and len(logs["slow_long_forecast"]) == 1
     assert float(slow_near) < 1 > float(slow_far) and float(long_near) > 1 < float(long_far)
-    assert "At a learning rate of 1e-6 it was one at step 10. At step 100 it was none, on the one seed" in " ".join(
-        bullet.split()
-    )
+    assert "At a learning rate of 1e-6 it was one at step 10. At step 100, on one seed, it was none." in bullet
     moved = np.cumsum([0, *(warmup_cosine(step, 10, 300) for step in range(300))])  # on a straight line
     on_line = [((moved[later] - later / 100 * moved[100]) / (moved[later] - moved[100])) ** 2 for later in (200, 300)]
     assert f"would have {on_line[0]:.2f} and {on_line[1]:.1f}. R² up to step 300 is {long_straight}." in prose
