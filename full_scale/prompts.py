@@ -67,7 +67,7 @@ class ChatTokenizer:
         Raises UserError where the checkpoint has no such token, and where a prompt, `special`, has none.
         """
         bos = self.tokenizer.bos_token
-        begun = bos is not None and text.startswith(bos)
+        begun = bool(bos) and text.startswith(bos)
         try:
             ids = self.tokenizer.encode(text, add_special_tokens=False)
             ids = [*self.begin, *ids] if special and not begun else ids

@@ -51,9 +51,9 @@ def flat(settings, prefix=""):
     return cells
 
 
-def filled(rows, place=lambda name: 0):
-    """Rows of text, each with all columns that some row has; a cell is empty where its row has none. `place` orders columns."""
-    names = sorted(dict.fromkeys(name for row in rows for name in row), key=place)
+def filled(rows, order=lambda name: 0):
+    """Rows of text, each with all columns that some row has; a cell is empty where its row has none. `order` sorts columns."""
+    names = sorted(dict.fromkeys(name for row in rows for name in row), key=order)
     return [{name: row.get(name, "") for name in names} for row in rows]
 
 

@@ -323,7 +323,8 @@ def experiment_tables(runs):
     """Every case of the experiments whose cases differ in one thing, a table each, of those that have runs."""
     tables = []
     for name, (title, head) in ONE_THING.items():
-        if cases := {case: some for (experiment, case), some in runs.items() if experiment == name and some}:
+        cases = {case: some for (experiment, case), some in runs.items() if experiment == name and some}
+        if len(cases) > 1:
             tables.append(f"### {title}\n\n{cases_table(cases, head)}")
     return "\n".join(tables)
 

@@ -102,6 +102,7 @@ def help_of(*words):
     printed, module = io.StringIO(), importlib.import_module(words[-1].removesuffix(".py").replace("/", "."))
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         module.run(["--help"])
+    assert "usage:" in printed.getvalue() or module.__doc__.strip() in printed.getvalue(), words
     return printed.getvalue()
 
 
@@ -378,7 +379,7 @@ def test_the_findings_numbers_are_those_of_results_md():
     written = "".join(path.read_text() for path in (RESULTS / "results.md", *Path("results").glob("**/results.md")))
     numbers = re.findall(r"-?[\d.]+ ± [\d.]*\d", prose(Path("docs/findings.md")))
     written += " ".join(" {:.2f} ± {:.2f} ".format(*results.mean_and_interval(values)) for values in correlations().values())
-    thirds = [*pushes().values(), gain_at_the_largest_rate()]
+    thirds = [*pushes().values(), *lams().values(), gain_at_the_largest_rate()]
     written += " ".join(" {:.3f} ± {:.3f}".format(*results.mean_and_interval(values)) for values in thirds)
     assert len(numbers) > 15
     for number in numbers:
@@ -503,6 +504,19 @@ def test_the_tables_of_cases_at_their_own_rates_are_those_of_results_md(heading,
         assert (rate, cells) == (rates[names[name]], [cooler, warm, most])
 
 
+def at_07(run):
+    return run.log["test_accuracy_0.7"][-1]
+
+
+def lams():
+    """What docs/findings.md says of two λ, with intervals, beside C8: {phrase: numbers of the seeds}."""
+    two, five, ten = (studied()[0]["lambda", f"λ = {lam}"] for lam in (2, 5, 10))
+    return {
+        "λ = 5 ends {} above λ = 2.": np.subtract([*map(at_07, five)], [*map(at_07, two)]),
+        "λ = 10 ends {} below λ = 5.": [a.log["test_accuracy"][-1] - b.log["test_accuracy"][-1] for a, b in zip(five, ten)],
+    }
+
+
 def test_what_is_said_of_lam_and_of_targets_on_habit():
     page = " ".join(prose(Path("docs/findings.md")).split())
     held = tables.held(Path("results"))[0].values()
@@ -512,9 +526,17 @@ def test_what_is_said_of_lam_and_of_targets_on_habit():
     own = [run for run in grid if run.get("lam") > 0]
     collapsed = [run for run in own if run.log["test_accuracy_0.7"][-1] < 0.02]
     assert f"Of the {len(own)} runs of the grid with λ above 0, {len(collapsed)} end with" in page
-    assert all(run.config["lr"] >= 8e-4 and run.get("lam") >= 1 for run in collapsed)
-    assert all(run.log[f"coefficient_{kind}"][-1] < 0.005 for run in collapsed for kind in ("correct", "incorrect"))
+    large = [run for run in own if run.config["lr"] >= 8e-4 and run.get("lam") >= 1]
+    assert len(large) == 24 and all(run in large and run.log["pihat_correct"][-1] < 1e-8 for run in collapsed)
+    assert {run.config["lr"] for run in collapsed if run.get("lam") < 5} == {3.2e-3}
+    assert [run.get("lam") for run in collapsed].count(2) == 2 and {run.get("lam") for run in incorrect} == {2}
     assert len(incorrect) == len(correct) == 14 and min(run.log["test_accuracy_0.7"][-1] for run in incorrect) > 0.6
+    both = {lr: np.mean([at_07(run) for run in results.where(grid, lr=lr, lam=2.0)]) for lr in experiments.RATES}
+    only = {lr: np.mean([at_07(run) for run in results.where(incorrect, lr=lr)]) for lr in experiments.RATES}
+    assert [lr for lr in experiments.RATES if only[lr] > both[lr]] == [5e-5, 1e-4, 3.2e-3]
+    for phrase, numbers in lams().items():
+        assert phrase.format("{:.3f} ± {:.3f}".format(*results.mean_and_interval(numbers))) in page
+    assert np.mean([*map(at_07, studied()[0]["lambda", "λ = 1"])]) < np.mean([*map(at_07, studied()[0]["lambda", "λ = 0.5"])])
     assert max(run.log["test_accuracy_0.7"][-1] for run in correct) == 0
     for lr in experiments.RATES[:4]:
         means = results.by(results.where(grid, lr=lr), lambda run: run.get("lam"))

@@ -41,12 +41,12 @@ def timed(forked, words, printed, seconds):
     return forked.run(words, printed, seconds), time.time() - began
 
 
-def two_processes(words, printed, seconds, chance):
-    """full_scale.train behind torchrun, killed some seconds after it has the reference -> as `command` below."""
+def two_processes(words, out, printed, seconds, chance):
+    """full_scale.train behind torchrun, killed some seconds after its work has begun -> as `command` below."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "full_scale.train"]
     with printed.open("w") as file:
         process = subprocess.Popen([sys.executable, *launch, *map(str, words)], cwd=ROOT, stdout=file, stderr=file)
-    while process.poll() is None and "reference " not in printed.read_text():
+    while process.poll() is None and not (printed.read_text() and (out / "cache").exists()):
         time.sleep(0.01)
     began = time.time()
     try:
@@ -90,9 +90,10 @@ def test_kills_of_training_at_random_moments_lose_nothing(processes, kills, chec
     with Forked("full_scale.train") as forked:
 
         def command(run, printed, seconds, chance):
-            words = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path / str(run), *TRAIN]
+            out = tmp_path / str(run)
+            words = ["--init", checkpoint, "--data", ROLLOUTS, "--out", out, *TRAIN]
             if processes > 1:
-                return two_processes(words, printed, seconds, chance)
+                return two_processes(words, out, printed, seconds, chance)
             return timed(forked, words, printed, seconds)
 
         assert killed_again_and_again(kills, command, finished, tmp_path) > kills // 4

@@ -576,7 +576,7 @@ for line in sys.stdin:
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
-    file, code = os.open(printed, os.O_WRONLY | os.O_CREAT), 0
+    file, code = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 0
     os.dup2(file, 1), os.dup2(file, 2)
     try:
         run(words)
@@ -622,14 +622,15 @@ def killed_again_and_again(cache, kills, longest, expected, tmp_path):
 
     A run begins with a folder of cached stages, or, where it is None, with nothing.
     """
-    rng, left, met = random.Random(bool(cache)), kills, []
+    rng, left, run, met = random.Random(bool(cache)), kills, 0, []
     with Forked("train", "plots") as forked:
         while left > 0:
-            out, until, code = tmp_path / f"{bool(cache)}-{left}", max(left - 4, 0), None
+            until, code, run = max(left - 4, 0), None, run + 1
+            out = tmp_path / f"{bool(cache)}-{run}"
             if cache:
                 shutil.copytree(cache, out / "cache")
             while code != 0:
-                printed = tmp_path / f"{bool(cache)}-{left}.txt"
+                printed = out.with_name(f"{out.name}-{left}.txt")
                 code = forked.run([*COMMAND, "--out", out], printed, rng.uniform(0, longest / 2) if left > until else None)
                 text = printed.read_text()
                 assert code in (0, -signal.SIGKILL), text
