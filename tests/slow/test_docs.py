@@ -504,6 +504,16 @@ def test_the_tables_of_cases_at_their_own_rates_are_those_of_results_md(heading,
         assert (rate, cells) == (rates[names[name]], [cooler, warm, most])
 
 
+def test_what_is_said_of_the_coefficients_scale():
+    page, (adamw, sgd) = " ".join(prose(Path("docs/method.md")).split()), studied()[1]["N5"].measured
+    said = ["{:.3f} ± {:.3f}".format(*results.mean_and_interval(number.values)) for number in (adamw, sgd)]
+    assert f"the final accuracy by {said[0]}. Under plain" in page and f"it changes the accuracy by {said[1]}. There" in page
+    assert max(map(at_07, studied()[0]["scale", "SGD, mean 1"])) == 0 and len(sgd.values) == 8
+    assert rule.verdicts(studied()[1])["N5"] == "supported" and "N5 of protocol.md" in re.sub(r"\[|\]\([^)]*\)", "", page)
+    kinds = [[run.log[f"coefficient_{kind}"][-1] for kind in ("correct", "incorrect")] for run in studied()[0]["scale", "SGD"]]
+    assert np.mean(kinds) < 0.5  # of FPA as it is, over the whole training; divided by their mean they are 1
+
+
 def at_07(run):
     return run.log["test_accuracy_0.7"][-1]
 
