@@ -8,7 +8,6 @@ The command also draws the figures of study/figures.py. `python -m study.verdict
 """
 
 import functools
-import itertools
 import os
 from pathlib import Path
 
@@ -205,7 +204,7 @@ def figure_rates(runs):
     eight other seeds at the best rate, and the bar is its interval. The right panel has λ = 2 on some rows, and Off-RL.
     """
     names = ("lambda-grid", "targets-grid"), ("lambda", "targets")
-    grid, best = (list(itertools.chain(*(figures.of_experiment(runs, name) for name in some))) for some in names)
+    grid, best = ([run for name in some for run in figures.of_experiment(runs, name)] for some in names)
     if not grid:
         return None
     figure, axes = canvas(1, 2, row_height=4)

@@ -189,16 +189,16 @@ def test_percentiles_are_those_of_the_monitored_rows(finished, tmp_path):
     logratio, reward = (present - ref).numpy(), data.reward.numpy()  # all rows: of each kind there are fewer than MONITORED
     assert max((reward > 0).sum(), (reward < 0).sum()) < train.MONITORED
     first, last = read_log(folder)[0], read_log(folder)[-1]
-    kinds = {"correct": reward > 0, "incorrect": reward < 0}
-    for kind, rows in ((kind, logratio[of_kind]) for kind, of_kind in kinds.items()):
+    for kind, members in {"correct": reward > 0, "incorrect": reward < 0}.items():
+        rows = logratio[members]
         for percent in (5, 25, 50, 75, 95):
             logged = float(last[f"logratio_{kind}_p{percent}"])
             assert logged == pytest.approx(np.percentile(rows, percent), rel=1e-3, abs=1e-4)
             assert float(first[f"logratio_{kind}_p{percent}"]) == pytest.approx(0, abs=1e-4)
         assert float(last[f"logratio_{kind}_below_0"]) == pytest.approx((rows < 0).mean(), abs=1e-6)
         assert float(last[f"logratio_{kind}"]) == pytest.approx(rows.mean(), rel=1e-3)
-        assert float(last[f"pi_{kind}"]) == pytest.approx(pi[kinds[kind]].mean(), rel=1e-4)
-        assert float(last[f"pihat_{kind}"]) == pytest.approx(pihat[kinds[kind]].mean(), rel=1e-4)
+        assert float(last[f"pi_{kind}"]) == pytest.approx(pi[members].mean(), rel=1e-4)
+        assert float(last[f"pihat_{kind}"]) == pytest.approx(pihat[members].mean(), rel=1e-4)
     assert 0 < float(last["logratio_incorrect_below_0"]) < 1 and abs(pihat / pi - 1).max() > 0.01
 
 

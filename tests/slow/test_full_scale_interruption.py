@@ -35,12 +35,6 @@ def kill(process, chance):
     psutil.wait_procs(started, timeout=100)
 
 
-def timed(forked, words, printed, seconds):
-    """A forked command -> as `command` below."""
-    began = time.time()
-    return forked.run(words, printed, seconds), time.time() - began
-
-
 def two_processes(words, out, printed, seconds, chance):
     """full_scale.train behind torchrun, killed some seconds after its work has begun -> as `command` below."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "full_scale.train"]
@@ -94,7 +88,7 @@ def test_kills_of_training_at_random_moments_lose_nothing(processes, kills, chec
             words = ["--init", checkpoint, "--data", ROLLOUTS, "--out", out, *TRAIN]
             if processes > 1:
                 return two_processes(words, out, printed, seconds, chance)
-            return timed(forked, words, printed, seconds)
+            return forked.run(words, printed, seconds)
 
         assert killed_again_and_again(kills, command, finished, tmp_path) > kills // 4
 
@@ -110,7 +104,7 @@ def test_kills_of_sampling_at_random_moments_lose_nothing(checkpoint, tmp_path):
 
         def command(run, printed, seconds, chance):
             words = ["--model", checkpoint, "--problems", problems, "--out", tmp_path / f"{run}.jsonl", *SAMPLE]
-            return timed(forked, words, printed, seconds)
+            return forked.run(words, printed, seconds)
 
         assert killed_again_and_again(KILLS, command, finished, tmp_path) > KILLS // 4
 
