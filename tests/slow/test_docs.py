@@ -28,7 +28,7 @@ from full_scale.published import empty_model, parameter_count
 from losses import LOSSES
 from model import GPTConfig
 from plumbing.log import COLUMNS, progress_line
-from study import claims, experiments, real, results, rule, tables, verdicts
+from study import claims, experiments, real, results, rule, tables, tune, verdicts
 
 ROOT, RESULTS = Path(__file__).resolve().parents[2], Path("results/slips")
 README, PAGES = Path("README.md"), sorted(Path("docs").glob("*.md"))
@@ -551,6 +551,34 @@ def test_what_is_said_of_lam_and_of_targets_on_habit():
     found = rule.verdicts(studied()[1])
     assert (found["C8"], found["C9"]) == ("undecided", "supported")
     assert "C9 is supported." in page and "so C8 is undecided." in page
+
+
+def test_what_is_said_of_the_searches():
+    page, held = " ".join(prose(Path("docs/findings.md")).split()), tables.held(Path("results"))[0]
+
+    def score(name):
+        found = tune.search(name, tune.scores(name, held))
+        assert f"| `{name}` | {len(found.asked)} | {found.score:.3f} | `{tune.words(name, found.chosen)}` |" in text
+        return found.chosen, found.score
+
+    text, of_seed = Path("results/results.md").read_text(), tune.scores("off_rl", held)
+    chosen, mean = score("off_rl")
+    first_two = np.mean([of_seed(chosen, seed) for seed in experiments.GRID_SEEDS])
+    assert experiments.GRID_SEEDS == tune.SEEDS[:2] and chosen["schedule"] == "linear"
+    said = f"Off-RL scores {mean:.3f} at its best setting, a learning rate of {chosen['lr']:g} that falls linearly to 0. "
+    assert f"{said}On two of these seeds it scores {first_two:.3f} there." in page
+    plain = [run for run in held.values() if "lambda-grid" in run.experiments and run.config["loss"] == "off_rl"]
+    on_grid = {lr: np.mean([*map(tune.score_of, results.where(plain, lr=lr))]) for lr in experiments.RATES}
+    best = max(on_grid, key=on_grid.get)
+    assert f"At {best:g}, the best of the seven rates in C8 and C9, it scores {on_grid[best]:.3f} on these two." in page
+    assert chosen["lr"] < min(experiments.RATES) and on_grid[best] < first_two
+    (settings,) = (drawn for drawn in tune.draw("off_rl", 0, {"lr": tune.LR}) if drawn["lr"] == 8.3e-6)
+    scores = sorted(of_seed(settings, seed) for seed in experiments.GRID_SEEDS)
+    said = f"it scores {scores[1]:.3f} at 8.3e-06 on one of the two seeds, and {scores[0]:.3f} on the other."
+    assert settings["schedule"] == "constant" and said in page
+    chosen, mean = score("fpa")
+    said = f"FPA scores {mean:.3f} at its best setting, λ = {chosen['lam']:g} on incorrect rows only, at {chosen['lr']:g}."
+    assert chosen["target"] == "incorrect" and chosen["lr"] < min(experiments.RATES) and said in page
 
 
 def test_what_is_said_of_the_forecast_on_habit():
