@@ -579,6 +579,8 @@ def test_what_is_said_of_the_searches():
     chosen, mean = score("fpa")
     said = f"FPA scores {mean:.3f} at its best setting, λ = {chosen['lam']:g} on incorrect rows only, at {chosen['lr']:g}."
     assert chosen["target"] == "incorrect" and chosen["lr"] < min(experiments.RATES) and said in page
+    scored = {name: f"{score(name)[1]:.3f}" for name in ("power", "topr", "sft")}
+    assert "extrapolated logits, scores {power}. TOPR scores {topr}, and SFT {sft}. ".format(**scored) in page
 
 
 def test_what_is_said_of_the_forecast_on_habit():
