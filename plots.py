@@ -233,7 +233,7 @@ FIGURES = {**drawing.figures_of(globals()), **figures.FIGURES}
 
 def draw_figures(runs, to):
     """Draw every figure that the runs have something for into the folder `to`; prints what was drawn from what."""
-    drawing.draw_all(FIGURES, runs, to, figures.MEANS_ONLY)
+    drawing.draw_all(FIGURES, runs, to, figures.SHOWN)
 
 
 # --- the command

@@ -139,8 +139,11 @@ def caption(function):
     return " ".join(function.__doc__.split("\n\n")[0].split())
 
 
-def draw_all(figures, runs, to, means_only=()):
-    """Draw {name: figure} into the folder `to`, where the runs have something for it; prints what was drawn from what."""
+def draw_all(figures, runs, to, shown):
+    """Draw {name: figure} into the folder `to`, where the runs have something for it; prints what was drawn from what.
+
+    shown: {name: what the figure shows of several seeds}, where this is not the mean and its interval
+    """
     to.mkdir(parents=True, exist_ok=True)
     for name, function in figures.items():
         if not (drawn := function(runs)):
@@ -152,7 +155,7 @@ def draw_all(figures, runs, to, means_only=()):
         seeds = sorted({len(some) for some in by(chosen, lambda run: (run.setting, run.method)).values()})
         counted = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' if seeds[0] > 1 else ''}"
         if seeds[-1] > 1:
-            counted += ": mean" if name in means_only else ": mean and 95 % interval"
+            counted += f": {shown.get(name, 'mean and 95 % interval')}"
         settings = by(chosen, lambda run: run.setting)
         setting = describe(chosen[0].config) if len(settings) == 1 else f"{len(settings)} settings"
         figure.suptitle(f"{textwrap.fill(caption(function), 140)}\n{setting}; {counted}", fontsize=9)

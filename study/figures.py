@@ -46,7 +46,10 @@ from study.results import (
 )  # fmt: skip
 
 ONLINE_OR_NOT = (("off_rl", False), ("fpa", True), ("grpo", False))
-MEANS_ONLY = ("extrapolation", "extrapolation_map", "forecast", "push")  # and no intervals
+SHOWN = {  # what a figure shows of several seeds, where this is not the mean and its interval
+    **dict.fromkeys(("extrapolation", "extrapolation_map", "forecast", "push"), "mean"),
+    "ratio": "each run",
+}
 
 
 # --- gradients
@@ -359,22 +362,27 @@ def ratio_of_coefficients(run):
 
 
 def figure_ratio(runs):
-    """A dot is a run, of any loss and learning rate. To the right, incorrect rows weigh more beside correct ones over the whole
-    training. A ratio below 0.01 is drawn at 0.01.
+    """A coloured dot is a run of the panel's loss, at any learning rate, and a grey one is any other run. To the right,
+    incorrect rows weigh more beside correct ones over the whole training. A ratio below 0.01 is drawn at 0.01.
     """
     chosen = [run for run in runs if not LOSSES[run.config["loss"]].online and METRIC in run.log]
     chosen = [run for run in chosen if run.config["steps"] == 1000 and np.isfinite(ratio_of_coefficients(run))]
+    chosen = [run for run in chosen if not {"pilot", "short"} & {*run.experiments}]  # other tasks and base models
     losses = by(chosen, lambda run: run.config["loss"])
     if len(losses) < 7:  # too few for a cloud
         return None
-    figure, (axis,) = canvas(1, 1, row_height=4.8)
-    for name in [name for name in LOSSES if name in losses]:
-        x = [max(ratio_of_coefficients(run), 0.01) for run in losses[name]]
-        y = [run.log[METRIC][-1] for run in losses[name]]
-        axis.plot(x, y, "o", color=colour_of(name), markersize=4, alpha=0.7, markeredgewidth=0, label=LOSSES[name].label)
-    axis.set(xscale="log", xlabel="mean C_l·|y| / mean C_w·|y|, over training (log scale)")
-    axis.set(ylabel="final accuracy, T = 0.7", ylim=(0, 1))
-    figure.legend(loc="outside right center")
+    base = np.mean([run.log[METRIC][0] for run in chosen])
+    figure, axes = canvas(-(-len(losses) // 4), 4, row_height=2.6)
+    for axis, name in zip(axes, [name for name in LOSSES if name in losses]):
+        for some, style in ((chosen, {"color": "0.85"}), (losses[name], {"color": colour_of(name)})):
+            x, y = [max(ratio_of_coefficients(run), 0.01) for run in some], [run.log[METRIC][-1] for run in some]
+            axis.plot(x, y, "o", markersize=3, markeredgewidth=0, **style)
+        axis.axhline(base, color="black", linestyle=":", linewidth=1, label="base model, mean")
+        axis.set(title=LOSSES[name].label, xscale="log", xlabel="$C_l|y|/C_w|y|$, log scale", ylabel="accuracy, T = 0.7")
+        axis.set_ylim(-0.02, 1.02)
+    for axis in axes[len(losses) :]:
+        axis.remove()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center")
     return figure, chosen
 
 

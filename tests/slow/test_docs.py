@@ -28,7 +28,7 @@ from full_scale.published import empty_model, parameter_count
 from losses import LOSSES
 from model import GPTConfig
 from plumbing.log import COLUMNS, progress_line
-from study import claims, experiments, real, results, rule, tables, tune, verdicts
+from study import claims, drawing, experiments, figures, real, results, rule, tables, tune, verdicts
 
 ROOT, RESULTS = Path(__file__).resolve().parents[2], Path("results/slips")
 README, PAGES = Path("README.md"), sorted(Path("docs").glob("*.md"))
@@ -596,6 +596,17 @@ def test_what_is_said_of_the_searches():
     others = [settings for settings in first if settings != score("nsr")[0]]
     assert len(others) == 11 and not any(of_seed(settings, seed) for settings in others for seed in tune.SEEDS)
     assert "samples its answers as it learns, scores {grpo}.".format(**scored) in page
+
+
+def test_what_is_said_of_the_ratio_of_the_weights():
+    chosen, counts = figures.figure_ratio([*held().values()])[1], []
+    drawing.plt.close("all")
+    for low, high in ((0, 0.1), (0.1, 0.5), (0.5, 1), (1, np.inf)):
+        some = [run.log["test_accuracy_0.7"] for run in chosen if low <= figures.ratio_of_coefficients(run) < high]
+        counts.append([str(len(some)), str(sum(accuracy[-1] > accuracy[0] for accuracy in some))])
+    rows = table(Path("docs/findings.md"), "mean C_l / C_w over training")
+    assert [row[1:] for row in rows] == counts
+    assert [row[0] for row in rows] == ["below 0.1", "0.1 to 0.5", "0.5 to 1", "1 or more"]
 
 
 def test_what_is_said_of_the_forecast_on_habit():

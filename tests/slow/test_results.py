@@ -14,6 +14,7 @@ from test_train import TINY
 
 import plots
 import train
+from losses import LOSSES
 from plumbing import files
 from plumbing.files import UserError, write_csv
 from study import claims, drawing, experiments, results, tables, tune
@@ -460,7 +461,9 @@ OF_THE_STUDY = {"rates", "ratio", "diversity"}  # which have runs of many losses
 EXPERIMENTS = {  # of the figures that are not of `main`: {figure: (experiments, seeds)}
     **dict.fromkeys(("extrapolation", "extrapolation_map", "forecast", "push"), ({"extrapolation"}, results.SEEDS)),
     "rates": ({"lambda", "lambda-grid", "targets", "targets-grid"}, (1000, 1001, *results.SEEDS)),
-}
+    "ratio": ({*experiments.EXPERIMENTS, *(f"tune-{name}" for name in tune.FAMILIES), "scale"} - {"pilot", "short"},
+              (*range(5), *tune.SEEDS, *results.SEEDS)),
+}  # fmt: skip
 LATER = {"drag", "push", *OF_THE_STUDY}  # whose columns the first study lacks
 
 
@@ -568,10 +571,16 @@ def test_the_studys_figures_show_what_they_say():
     losses = ("off_rl", "fpa", "sft", "topr", "constant", "reinforce", "kto", "pessimistic")
     runs = [of_the_study(loss, 0.1 * i, (1.0, 0.2 * (i + 1))) for i, loss in enumerate(losses)]
     runs += [of_the_study("sft", 0.9, (1.0, 0.0)), of_the_study("fpa", 0.9, (-1.0, 1.0)), of_the_study("grpo", 0.9)]
+    runs += [of_the_study("dpo", 0.9, (1.0, 0.5), experiments=("pilot",))]
     figure, chosen = plots.FIGURES["ratio"](runs)
     check_hygiene(figure)
-    dots = {(round(x, 9), y) for line in figure.axes[0].lines for x, y in zip(line.get_xdata(), line.get_ydata())}
-    assert dots == {(round(0.2 * (i + 1), 9), 0.1 * i) for i in range(8)} | {(0.01, 0.9)} and len(chosen) == 9
+    places = [(round(0.2 * (i + 1), 9), 0.1 * i) for i in range(8)]
+    for axis in figure.axes:  # a panel a loss: all runs, and then its own
+        every, own = ([(round(x, 9), y) for x, y in zip(*line.get_data())] for line in axis.lines if line.get_marker() == "o")
+        assert sorted(every) == sorted([*places, (0.01, 0.9)])
+        (i,) = [i for i, loss in enumerate(losses) if LOSSES[loss].label == axis.get_title()]
+        assert own == [places[i], (0.01, 0.9)] if losses[i] == "sft" else [places[i]]
+    assert len(figure.axes) == 8 and len(chosen) == 9
     assert plots.FIGURES["ratio"](runs[:5]) is None and plots.FIGURES["diversity"](runs[:1]) is None
     several = [of_the_study("dpo", 0.4, seed=seed) for seed in range(3)] + [of_the_study("dpo", 0.6, lam=2.0, beta=0.1)]
     figure, chosen = plots.FIGURES["diversity"]([*several, of_the_study("sft", 0.8, experiments=("rates",))])
