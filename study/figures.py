@@ -372,11 +372,14 @@ def figure_ratio(runs):
     if len(losses) < 7:  # too few for a cloud
         return None
     base = np.mean([run.log[METRIC][0] for run in chosen])
+    dots = {
+        name: [(max(ratio_of_coefficients(run), 0.01), run.log[METRIC][-1]) for run in some] for name, some in losses.items()
+    }
+    every = [dot for some in dots.values() for dot in some]
     figure, axes = canvas(-(-len(losses) // 4), 4, row_height=2.6)
     for axis, name in zip(axes, [name for name in LOSSES if name in losses]):
-        for some, style in ((chosen, {"color": "0.85"}), (losses[name], {"color": colour_of(name)})):
-            x, y = [max(ratio_of_coefficients(run), 0.01) for run in some], [run.log[METRIC][-1] for run in some]
-            axis.plot(x, y, "o", markersize=3, markeredgewidth=0, **style)
+        for some, colour in ((every, "0.85"), (dots[name], colour_of(name))):
+            axis.plot(*zip(*some), "o", markersize=3, markeredgewidth=0, color=colour)
         axis.axhline(base, color="black", linestyle=":", linewidth=1, label="base model, mean")
         axis.set(title=LOSSES[name].label, xscale="log", xlabel="$C_l|y|/C_w|y|$, log scale", ylabel="accuracy, T = 0.7")
         axis.set_ylim(-0.02, 1.02)

@@ -584,16 +584,17 @@ def test_what_is_said_of_the_searches():
     said = f"FPA scores {mean:.3f} at its best setting, λ = {chosen['lam']:g} on incorrect rows only, at {chosen['lr']:g}."
     assert chosen["target"] == "incorrect" and chosen["lr"] < min(experiments.RATES) and said in page
     searched = ("power", "sharpened", "topr", "sft", "constant", "future_topr", "nsr", "grpo", "kto")
-    scored = {name: f"{score(name)[1]:.3f}" for name in searched}
+    found = {name: score(name) for name in searched}
+    scored = {name: f"{mean:.3f}" for name, (_, mean) in found.items()}
     assert "extrapolated logits, scores {power}. `sharpened`, which".format(**scored) in page
     assert "reference policy, scores {sharpened}. TOPR scores {topr}, and SFT {sft}. ".format(**scored) in page
     assert "KTO scores {kto}. It needs".format(**scored) in page
-    weight = score("constant")[0]["weight"]
+    weight = found["constant"][0]["weight"]
     assert f"rows scores {scored['constant']}. The weight is {weight:g} there, and correct rows keep π̄." in page
     assert "Future TOPR scores {future_topr}, so".format(**scored) in page and scored["future_topr"] < scored["topr"]
     assert "NSR scores {nsr} at its best setting. Its other eleven settings".format(**scored) in page
     first, of_seed = tune.draw("nsr", 0, {"lr": tune.LR, **tune.FAMILIES["nsr"].ranges}), tune.scores("nsr", held())
-    others = [settings for settings in first if settings != score("nsr")[0]]
+    others = [settings for settings in first if settings != found["nsr"][0]]
     assert len(others) == 11 and not any(of_seed(settings, seed) for settings in others for seed in tune.SEEDS)
     assert "samples its answers as it learns, scores {grpo}.".format(**scored) in page
 

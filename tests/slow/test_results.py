@@ -579,7 +579,7 @@ def test_the_studys_figures_show_what_they_say():
         every, own = ([(round(x, 9), y) for x, y in zip(*line.get_data())] for line in axis.lines if line.get_marker() == "o")
         assert sorted(every) == sorted([*places, (0.01, 0.9)])
         (i,) = [i for i, loss in enumerate(losses) if LOSSES[loss].label == axis.get_title()]
-        assert own == [places[i], (0.01, 0.9)] if losses[i] == "sft" else [places[i]]
+        assert own == [places[i]] + [(0.01, 0.9)] * (losses[i] == "sft"), losses[i]
     assert len(figure.axes) == 8 and len(chosen) == 9
     assert plots.FIGURES["ratio"](runs[:5]) is None and plots.FIGURES["diversity"](runs[:1]) is None
     several = [of_the_study("dpo", 0.4, seed=seed) for seed in range(3)] + [of_the_study("dpo", 0.6, lam=2.0, beta=0.1)]
