@@ -5,9 +5,9 @@ from `objective`, which calls `fpa`, and `surrogate` for the other losses' FPA f
 
 Names: `logp_sum` is log pi(y|x) summed over a completion's tokens, `length` is their number |y|, logp_mean = logp_sum / length.
 exp(logp_mean), in (0, 1], is the paper's pi_bar. `logratio` is logp_sum under pi_theta minus logp_sum under pi_ref. pi_hat is
-the future policy. A row is an answer in a batch, w a correct one, l an incorrect one. Of pairs the correct rows come first,
-then an incorrect one for each. A surrogate has the method's gradient, and its value means nothing. Shapes: B rows, T tokens,
-V vocabulary.
+the future policy. A row is an answer in a batch, w a correct one, l an incorrect one. Of pairs all correct rows come
+first, then their incorrect partners. A surrogate has the method's gradient, and its value means nothing. Shapes: B rows, T
+tokens, V vocabulary.
 
 With reward r = +1 (correct) or -1 (incorrect) every offline loss has a gradient of one form,
 
@@ -44,7 +44,7 @@ def fpa_loss(logits, ref_logits, tokens, mask, reward, lam=2.0):
     """
     length = checked_length(mask, reward)
     logp_mean = token_logps(logits, tokens, mask).sum(-1) / length  # what the policy thinks of each answer now
-    future = future_logits(logits, ref_logits, lam)  # lam times as far again from the frozen model
+    future = future_logits(logits, ref_logits, lam)  # h + lam (h - h_ref)
     weight = (token_logps(future, tokens, mask).sum(-1) / length).exp().detach()  # the future pi_bar
     return -(reward * weight * logp_mean).mean()
 
@@ -55,7 +55,7 @@ def off_rl_loss(logits, tokens, mask, reward):
     Shapes, return value and errors as in `fpa_loss`.
     """
     logp_mean = token_logps(logits, tokens, mask).sum(-1) / checked_length(mask, reward)
-    weight = logp_mean.exp().detach()  # it falls as fast as the answer; FPA's falls faster
+    weight = logp_mean.exp().detach()  # pi_bar itself; FPA's weight falls faster
     return -(reward * weight * logp_mean).mean()
 
 
@@ -120,7 +120,7 @@ def fpa_form(logp_sum, reward, present, future, target="both", pairs=False):
 
     present and future are the loss's coefficients C at pi_theta and at pi_hat. With `off_rl`'s C this is FPA. `pairs`: the rows
     are pairs, and the mean is over pairs, as in DPO. The scalar is a surrogate, as `fpa_loss` is. Raises ValueError where the
-    target is unknown or a coefficient is negative, as it is where you pass log-probabilities.
+    target is unknown or a coefficient is negative, for example where you pass log-probabilities.
     """
     if (present < 0).any() or (future < 0).any():
         raise ValueError("present and future must be coefficients C >= 0, as the losses return them, not log-probabilities")
@@ -225,7 +225,7 @@ def pessimistic(logratio, reward, mean_reward, beta=0.1, shift=0.0):
 def a_star_po(logratio, reward, value, beta=1e-3):
     """A*-PO's regression (and OAPL's, whose reference lags behind): (beta logratio + V* - r01)^2, r01 = 1 if correct, else 0.
 
-    value (B,) is `optimal_value` of each row's prompt. With beta1 = beta the minimiser is the Gibbs policy (method.md, c = 0).
+    value (B,) is `optimal_value` of each row's prompt. With beta1 = beta, not the default, the minimiser is the Gibbs policy.
     """
     return regression(logratio, (1 + reward) / 2 - value, reward, beta)
 
@@ -378,7 +378,7 @@ LOSSES = {
         (r"weight / \|y_w\|", r"1 / \|y_l\|"), {"weight": 0.1}),
     "asymre": Loss(asymre, "AsymRE", "REINFORCE against a baseline a little below the mean reward",
         (r"(1 − V) / \|y_w\|, V = mean(r) − shift", r"(1 + V) / \|y_l\|"), {"shift": 0.1}),
-    "topr": Loss(topr, "TOPR", "SFT, and incorrect rows pushed with a weight that falls with π / π_ref",
+    "topr": Loss(topr, "TOPR", "SFT, and incorrect rows pushed down with weight min(π / π_ref, 1)",
         (r"1 / \|y_w\|", r"min(π_θ / π_ref, 1) / \|y_l\|"), has_fpa_form=True),
     "future_topr": Loss(topr, "future TOPR", "TOPR with its weight from the future policy",
         (r"1 / \|y_w\|", r"min(π̂ / π_ref, 1) / \|y_l\|"), {"lam": 2.0, "target": "both"}, has_fpa_form=True, form_of="topr"),

@@ -38,14 +38,14 @@ MONITORED = 128  # training rollouts of each kind whose log-probabilities are lo
 def add_logps(model, b, lam=0.0):
     """Add to a batch of answers what the losses need of the policy: logps (B, T-1), logp_sum, future_logp_sum, logratio (B,).
 
-    b holds inputs (B, L), prompts and answers; start, the position that predicts an answer's first token; tokens and mask
-    (B, T), the inputs from start on and which are answer; ref_logits (B, T, V) and ref_logp_sum (B,) of the base model.
+    b holds inputs (B, L), prompts and answers; start, the position that predicts an answer's first token; tokens (B, T), the
+    inputs from there on; mask (B, T), True on the answer; ref_logits (B, T, V) and ref_logp_sum (B,) of the base model.
     """
     logits = model(b.inputs, b.start)  # (B, T, V), what the policy thinks of these answers now
     b.logps = token_logps(logits, b.tokens, b.mask)  # (B, T-1)
     b.logp_sum = b.logps.sum(-1)
     b.future_logp_sum = b.logp_sum.detach()
-    if lam > 0:  # and the future policy, lam times as far again from the base model
+    if lam > 0:  # and the future policy, whose logits are h + lam (h - h_ref)
         future = future_logits(logits, b.ref_logits, lam)
         b.future_logp_sum = token_logps(future, b.tokens, b.mask).sum(-1)
     b.logratio = b.logp_sum - b.ref_logp_sum
@@ -101,7 +101,7 @@ def train_policy(args, settings, folder, world, title=""):
             optimizer.zero_grad()
             loss.backward()
             grad_norm = clip_grad_norm_(model.parameters(), 1.0)
-            if not args.skip_nonfinite or torch.isfinite(loss + grad_norm):  # the test would wait for a GPU
+            if not args.skip_nonfinite or torch.isfinite(loss + grad_norm):  # isfinite would wait for a GPU
                 optimizer.step()  # AdamW's
             # ------------------------------------------------------------------
             log.add(**step_numbers(b, loss, grad_norm, coefficient))

@@ -351,7 +351,7 @@ def results(folder):
         f"## One thing changed, task `habit`\n\nThe claims' seeds.\n\n{experiment_tables(runs)}\n"
         f"## Every family at its tuned setting, task `habit`\n\n{families_table(runs, 'final')}\n"
         f"## Every family at the same setting, task `slips`\n\n{families_table(runs, 'slips')}\n"
-        f"## Tuning\n\nBy `python -m study.tune`, on seeds that no other number comes from.\n\n{tuning}\n{grids}"
+        f"## Tuning\n\nBy `python -m study.tune`, on seeds that no claim's number comes from.\n\n{tuning}\n{grids}"
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +223,12 @@ def test_results_md_of_an_empty_folder_says_what_is_missing(tmp_path, capsys):
 
 def test_results_md_is_that_of_the_tables():
     assert Path("results/results.md").read_text() == verdicts.results(Path("results"))
+
+
+def test_the_program_in_the_docs_finds_the_same_p(capsys):
+    (program,) = re.findall(r"```python\n(import csv.*?)```", Path("docs/contributing.md").read_text(), flags=re.S)
+    exec(compile(program, "contributing.md", "exec"), {})
+    text = Path("results/results.md").read_text()
+    stated = {line[2:4]: re.findall(r", p ([^,]+), exact", line) for line in text.splitlines() if line[:3] in ("| C", "| N")}
+    printed = {claim: p for claim, *p in map(str.split, capsys.readouterr().out.splitlines())}
+    assert printed.keys() == {"C8", "C9", "N2"} and all(stated[claim] == p for claim, p in printed.items())
