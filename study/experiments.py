@@ -24,6 +24,7 @@ RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)  # of the grids, which tu
 GRID_SEEDS = (1000, 1001)
 TWO = ("off_rl", "fpa")
 ENDS = "--eval-every 5000"  # evaluations before the first step and after the last one alone, where no curve is asked for
+OFTEN = "--eval-every 20"
 LAMBDAS = {0: "--loss off_rl", **{lam: f"--loss fpa --lam {lam}" for lam in (0.5, 1, 2, 5, 10)}}
 CASES = {  # {grid: {case: its flags}}; each case is then run at its own best rate
     "lambda": {f"λ = {lam}": flags for lam, flags in LAMBDAS.items()},
@@ -64,8 +65,13 @@ def tuned(runs, more="", families=tune.FAMILIES):
 
 
 def final(runs):
-    """Every family; Off-RL and FPA with their diagnostics."""
-    return {**tuned(runs), **tuned(runs, " --diagnostics", TWO)}
+    """Every family; Off-RL and FPA with their diagnostics.
+
+    C14b compares FPA's seconds with GRPO's. So GRPO comes right after FPA, and both are evaluated more often.
+    """
+    first = tuned(runs, " --diagnostics", ["off_rl"]) | tuned(runs, f" --diagnostics {OFTEN}", ["fpa"])
+    first |= tuned(runs, f" {OFTEN}", ["grpo"])
+    return {**first, **{name: flags for name, flags in tuned(runs).items() if name not in first}}
 
 
 def slips(runs):

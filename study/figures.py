@@ -367,7 +367,7 @@ def figure_ratio(runs):
     """
     chosen = [run for run in runs if not LOSSES[run.config["loss"]].online and METRIC in run.log]
     chosen = [run for run in chosen if run.config["steps"] == 1000 and np.isfinite(ratio_of_coefficients(run))]
-    chosen = [run for run in chosen if not {"pilot", "short"} & {*run.experiments}]  # other tasks and base models
+    chosen = [run for run in chosen if not {"pilot", "short", "slips"} & {*run.experiments}]  # other tasks and base models
     losses = by(chosen, lambda run: run.config["loss"])
     if len(losses) < 7:  # too few for a cloud
         return None

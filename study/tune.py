@@ -92,7 +92,7 @@ def grown(settings, ranges):
     """The ranges, grown at each end that the settings are near."""
     new = {}
     for flag, (low, high) in ranges.items():
-        near_low, near_high = settings[flag] < low * MARGIN, settings[flag] > high / MARGIN
+        near_low, near_high = settings[flag] <= low * MARGIN, settings[flag] >= high / MARGIN
         new[flag] = low / GROWTH if near_low else low, high * GROWTH if near_high else high
     return new
 
@@ -137,7 +137,7 @@ def parsed(flags):
 
 def command_of(flags, seeds, out="runs", jobs=0):
     """The parsed command of some flags and seeds. A run that diverges ends with a low score and stops no other."""
-    return argparse.Namespace(**{**parsed(flags), "seed": list(seeds), "out": Path(out), "jobs": jobs, "skip_nonfinite": 1000})
+    return argparse.Namespace(**{**parsed(flags), "seed": list(seeds), "out": Path(out), "jobs": jobs, "skip_nonfinite": 10**6})
 
 
 def runs_of(name, settings, *seeds):

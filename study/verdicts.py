@@ -8,6 +8,7 @@ of a claim has one value a seed.
 """
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,12 @@ def reached(run, column):
     return run.log[column][good.argmax() if good.any() else -1]
 
 
+def best_of_rates(runs):
+    """Off-RL's rate with the best mean on the claims' seeds; None where a rate is not run."""
+    cases = {f"{lr:g}": runs("rates", f"{lr:g}") for lr in RATES}
+    return max(cases, key=lambda lr: each(cases[lr], metric).mean()) if all(cases.values()) else None
+
+
 def at_tokens(run, sampled):
     """Pass@1 at temperature 0.7 on validation problems once that many tokens were sampled, on lines between evaluations."""
     return np.interp(sampled, run.log["tokens_sampled"], run.log["accuracy_0.7"])
@@ -174,8 +181,7 @@ def about_others(runs):
     yield "C11", "the FPA form helps DPO and RPO", [
         runs.accuracy(f"{LOSSES[loss].label} with FPA − {LOSSES[loss].label}", f"{loss}_fpa", loss) for loss in ("dpo", "rpo")
     ], "final"  # fmt: skip
-    rates = [runs("rates", f"{lr:g}") for lr in RATES]
-    best = max(rates, key=lambda some: each(some, metric).mean()) if all(rates) else {}
+    best = runs("rates", lr) if (lr := best_of_rates(runs)) else {}
     yield "C12", "FPA is not just slower training", [
         Measured("FPA − Off-RL at the rate that is best on these seeds", paired(runs("final", "fpa"), best), ">"),
     ], "final rates"  # fmt: skip
@@ -308,6 +314,30 @@ def cases_table(cases, head="family", base="base model", shown=SHOWN):
     return table([head, "seeds", *shown], rows)
 
 
+def never(runs):
+    """How many runs of `final` never get to what N3 and C14b wait for: a sentence, or nothing without these runs."""
+    asked = {
+        "N3": (("off_rl", "fpa"), lambda run: braked(run) == run.config["steps"]),
+        "C14b": (("fpa", "grpo"), lambda run: max(run.log["accuracy_0.7"]) < TARGET),
+    }
+    counts = [
+        f"{sum(map(missed, some.values()))} of {len(some)} of {name} ({claim})"
+        for claim, (names, missed) in asked.items()
+        for name in names
+        if (some := runs.get(("final", name)))
+    ]
+    return f"Runs that never get there, and count with their last step: {', '.join(counts)}.\n\n" if counts else ""
+
+
+def machines_table(runs):
+    """Which kinds of CPU made the runs of an experiment."""
+    kinds = {}
+    for (name, _), some in runs.items():
+        kinds.setdefault(name, Counter()).update(run.config["environment"]["cpu"] for run in some.values())
+    said = {name: ", ".join(f"{count} {kind}" for kind, count in sorted(some.items())) for name, some in kinds.items() if some}
+    return table(["experiment", "runs by CPU"], said.items())
+
+
 def families_table(runs, experiment):
     """Every family at its tuned setting."""
     return cases_table({name: runs.get((experiment, name), {}) for name in FAMILIES})
@@ -341,17 +371,19 @@ def results(folder):
         rows.append([f"`{name}`", len(some.asked), f"{some.score:.3f}" if some.chosen else "", came])
     tuning = table(["family", "rounds", "validation pass@1, T = 0.7", "chosen"], rows)
     best = [(case, lr, RATES) for name in CASES for case, lr in best_rates(name, held_runs).items()]
+    best += [("Off-RL, best on the claims' seeds (C12)", float(lr), RATES) for lr in [best_of_rates(Runs(runs))] if lr]
     best += [("SGD", lr, scale.RATES) for lr in [scale.best_rate(held_runs)] if lr]
     ends = [(case, f"{lr:g}{', an end of the grid' * (lr in (grid[0], grid[-1]))}") for case, lr, grid in best]
     grids = table(["case", "learning rate"], ends)
     return (
         "# Results of the study on `habit`\n\nWritten by `python -m study.verdicts`.\n\n"
-        f"## Claims\n\n{text}\n\n{claims_table(found)}\n"
+        f"## Claims\n\n{text}\n\n{claims_table(found)}\n{never(runs)}"
         f"## Untuned, task `habit`\n\nTest problems, after the last step, seeds 0 to 4.\n\n{untuned_table(held_runs)}\n"
         f"## One thing changed, task `habit`\n\nThe claims' seeds.\n\n{experiment_tables(runs)}\n"
         f"## Every family at its tuned setting, task `habit`\n\n{families_table(runs, 'final')}\n"
         f"## Every family at the same setting, task `slips`\n\n{families_table(runs, 'slips')}\n"
-        f"## Tuning\n\nBy `python -m study.tune`, on seeds that no claim's number comes from.\n\n{tuning}\n{grids}"
+        f"## Tuning\n\nBy `python -m study.tune`, on seeds that no claim's number comes from.\n\n{tuning}\n{grids}\n"
+        f"## Machines\n\n{machines_table(runs)}"
     )
 
 

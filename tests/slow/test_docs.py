@@ -525,6 +525,8 @@ def test_what_is_said_of_the_coefficients_scale():
     assert f"the final accuracy by {said[0]}. Under plain" in page and f"it changes the accuracy by {said[1]}. The" in page
     assert max(map(verdicts.metric, studied()[0]["scale", "SGD, mean 1"])) == 0 and len(sgd.values) == 8
     assert rule.verdicts(studied()[1])["N5"] == "supported" and "N5 of protocol.md" in re.sub(r"\[|\]\([^)]*\)", "", page)
+    skipped = min(run.log["skipped"][-1] for run in studied()[0]["scale", "SGD, mean 1"])
+    assert f"at least {skipped:.0f} of 1,000 steps are skipped" in page
     kinds = [[run.log[f"coefficient_{kind}"][-1] for kind in ("correct", "incorrect")] for run in studied()[0]["scale", "SGD"]]
     assert np.mean(kinds) == pytest.approx(1 / 3, rel=0.1)  # of FPA as it is, over training; divided by their mean they are 1
     assert {run.config["lr"] for run in studied()[0]["scale", "SGD"]} == {1.0} == {max(scale.RATES)}

@@ -224,7 +224,8 @@ def test_evaluations_that_no_curve_needs_are_not_made(monkeypatch):
     monkeypatch.setattr(experiments, "best_rate", lambda grid, runs: 1e-4)
     every = {name: {args.eval_every for args in experiments.commands(name, {}).values()} for name in experiments.EXPERIMENTS}
     at_ends = {"rates", "lambda", "targets", "sizes", "slips", "lambda-grid", "targets-grid", "sizes-grid"}
-    assert every == {name: {5000} if name in at_ends else {100} for name in every}
+    assert every == {name: {5000} if name in at_ends else {100} for name in every} | {"final": {20, 100}}
+    assert [*experiments.commands("final", {})][:3] == ["off_rl", "fpa", "grpo"]  # FPA and GRPO one after the other, for C14b
 
 
 def test_hours_are_those_of_own_runs_or_of_runs_like_them():
@@ -461,8 +462,10 @@ OF_THE_STUDY = {"rates", "ratio", "diversity"}  # which have runs of many losses
 EXPERIMENTS = {  # of the figures that are not of `main`: {figure: (experiments, seeds)}
     **dict.fromkeys(("extrapolation", "extrapolation_map", "forecast", "push"), ({"extrapolation"}, results.SEEDS)),
     "rates": ({"lambda", "lambda-grid", "targets", "targets-grid"}, (1000, 1001, *results.SEEDS)),
-    "ratio": ({*experiments.EXPERIMENTS, *(f"tune-{name}" for name in tune.FAMILIES), "scale"} - {"pilot", "short"},
+    "ratio": ({*experiments.EXPERIMENTS, *(f"tune-{name}" for name in tune.FAMILIES), "scale"} - {"pilot", "short", "slips"},
               (*range(5), *tune.SEEDS, *results.SEEDS)),
+    "diversity": ({"final"}, results.SEEDS),
+    "prolonged": ({"prolonged"}, results.SEEDS),
 }  # fmt: skip
 LATER = {"drag", "push", *OF_THE_STUDY}  # whose columns the first study lacks
 

@@ -53,6 +53,13 @@ def test_a_range_grows_where_the_choice_is_near_its_end():
     assert search("fpa", lambda settings, seed: None).asked == found.asked[:1]  # drawn alike in every process
 
 
+def test_exactly_twice_an_end_is_near_it():
+    low, high = tune.LR
+    assert tune.grown({"lr": 2 * low}, {"lr": tune.LR}) == {"lr": (low / 8, high)}
+    assert tune.grown({"lr": high / 2}, {"lr": tune.LR}) == {"lr": (low, 8 * high)}
+    assert tune.grown({"lr": 2.01 * low}, {"lr": tune.LR}) == {"lr": tune.LR}
+
+
 def test_no_reported_number_comes_from_a_seed_that_chose_something():
     seeds = {name: set(seeds) for name, (_, seeds) in experiments.EXPERIMENTS.items()}
     choosing = {name for name in seeds if name in ("pilot", "short") or name.endswith("-grid")}

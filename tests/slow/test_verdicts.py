@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +198,20 @@ def test_one_seed_less_is_said_and_a_family_without_a_choice_is_not_run():
     assert rule.verdicts(found)["C16"] == "not run"
     text = verdicts.families_table(runs, "slips")
     assert text.count("not run") == len(tune.FAMILIES)
+
+
+def test_runs_that_never_get_there_and_machines_are_counted():
+    runs, _ = made_up()
+    runs["final", "off_rl"] = {seed: run_of(0.2, at=300 if seed < 3 else 100) for seed in range(8)}
+    runs["final", "grpo"][5] = run_of(0.5)
+    said = "3 of 8 of off_rl (N3), 0 of 8 of fpa (N3), 0 of 8 of fpa (C14b), 1 of 8 of grpo (C14b)."
+    assert verdicts.never(runs) == f"Runs that never get there, and count with their last step: {said}\n\n"
+    assert verdicts.never({}) == ""
+    made = {("final", "fpa"): "aab", ("final", "sft"): "b", ("slips", "fpa"): "a", ("slips", "sft"): ""}
+    made = {
+        case: {i: SimpleNamespace(config={"environment": {"cpu": cpu}}) for i, cpu in enumerate(s)} for case, s in made.items()
+    }
+    assert verdicts.machines_table(made).splitlines()[2:] == ["| final | 2 a, 2 b |", "| slips | 1 a |"]
 
 
 def test_names_of_cases_are_those_of_the_experiments(monkeypatch):
