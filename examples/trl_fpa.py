@@ -4,7 +4,8 @@
 
 Rows are pairs of a correct and an incorrect answer, as DPO's. Log-probabilities are computed in chunks, so that no logits of
 all positions are held. docs/trl.md has a patch that adds the loss to TRL's KTOTrainer, whose rows need no pairs. Left out:
-DPOTrainer's metrics, PEFT, models that are wrapped for several GPUs, and models whose logits have a bias, a scale or a cap.
+DPOTrainer's metrics and predictions, PEFT, models that are wrapped for several GPUs, and models whose logits have a bias, a
+scale or a cap.
 """
 
 import torch

@@ -38,17 +38,18 @@ class Exam:
     def __init__(self, args, folder, data):
         path = beside_of(args.data)
         if not path.exists():
-            raise UserError(f"{path}: gone; --eval-problems asks as full_scale.rollouts says there that it asked")
+            raise UserError(f"{path}: not there; --eval-problems asks as full_scale.rollouts says there that it asked")
         made = read_json(path)
         try:
             self.asked, date = SimpleNamespace(**made["asked"]), datetime.datetime.fromisoformat(made["date"])
+            self.most, self.strict = self.asked.max_tokens, self.asked.strict
             self.problems = read_problems(args.eval_problems, self.asked.fields, skip_bad=args.skip_bad_lines, say=say)
             self.tokenizer = ChatTokenizer(folder)
             self.texts = prepare(self.tokenizer, self.asked, date)
             texts = [self.tokenizer.ask(problem, self.asked.system, self.asked.shots) for problem, _ in self.problems]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{path}: does not say how these rollouts were asked; full_scale.rollouts writes it") from None
-        self.prompts = [ids for _, ids in prompts_of(texts, self.tokenizer, self.asked.max_tokens, say)]
+        self.prompts = [ids for _, ids in prompts_of(texts, self.tokenizer, self.most, say)]
         trained = {tuple(ids[:start].tolist()) for ids, start in zip(data.tokens, data.prompt_length)}
         if known := sum(tuple(prompt) in trained for prompt in self.prompts):
             raise UserError(f"{args.eval_problems}: {known} of {len(self.prompts)} problems are in {args.data} too")
@@ -73,7 +74,7 @@ class Exam:
         generator, counts = seeded(device, run.seed, "evaluation", step), [len(temperatures)] * len(self.prompts)
         with gathered(model):
             ends = together(ends_of(self.tokenizer, self.texts, device))
-            sampled = sample_each(model, self.prompts, counts, self.asked.max_tokens, ends, temperatures, generator)
+            sampled = sample_each(model, self.prompts, counts, self.most, ends, temperatures, generator)
             entropy = self.entropy(model, [ids[0] for ids in sampled], device)
         answers = [[answer_of(ids, prompt, self.tokenizer, self.texts) for ids in some]
                    for some, prompt in zip(sampled, self.prompts)]  # fmt: skip
@@ -81,7 +82,7 @@ class Exam:
 
     def columns(self, answers):
         """Accuracies from the answers to every problem: those at temperature 1, those at 0.7, the greedy one."""
-        read = [[(a["completion"], a["finished"], self.asked.strict) for a in some] for some in answers]
+        read = [[(a["completion"], a["finished"], self.strict) for a in some] for some in answers]
         right = torch.tensor([[gym.is_right(gold, *a) for a in some] for some, (_, gold) in zip(read, self.problems)]).float()
         warm, cool, greedy = right.split([self.samples, right.shape[1] - self.samples - 1, 1], dim=1)
         columns = {"accuracy": warm.mean().item(), "accuracy_0.7": cool.mean().item(), "accuracy_greedy": greedy.mean().item()}

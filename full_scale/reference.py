@@ -94,6 +94,7 @@ class Reference:
         sums = self.sums(micro_batch, model, stored=stored)
         if is_first():  # after every process's files, and last: it says that they are whole
             seconds, names = torch.tensor(time.time() - began), sorted(x.name for x in self.cache.glob("hidden-*.safetensors"))
+            (self.cache / "sums.json").unlink(missing_ok=True)  # of older sums, made without hidden states
             write_tensors(self.cache / "sums.safetensors", {"logp_sum": sums, "seconds": seconds})
             write_beside(self.cache / "sums.safetensors", {"files": names})
         dist.barrier()

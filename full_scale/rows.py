@@ -135,7 +135,8 @@ def rollouts_of(line, tokenizer):
     rows = []
     for name, answer in answers.items():
         asked, completion = texts_of(prompt, answer, tokenizer, words)
-        if not completion and line.get("finished") is not True and not sampled.get("completion_ids"):  # an end at once is one
+        ends = line.get("finished") is True and not isinstance(line.get("stop_reason"), str)  # by a token, which is trained
+        if not completion and not ends and not sampled.get("completion_ids"):
             raise ValueError(f"{name} is empty")
         row = {"prompt": asked, "completion": completion, "label": labels[name], "finished": finished}
         rows.append({**row, "chat": not isinstance(prompt, str), **sampled})

@@ -419,6 +419,10 @@ BAD_LINES = {
     "no rejected": ({"prompt": "a", "chosen": "b"}, "line 2: no rejected"),
     "label": ({"prompt": "a", "completion": "b", "label": 2}, "line 2: label is 2, not true or false"),
     "empty": ({"prompt": "a", "completion": "", "label": True}, "line 2: completion is empty"),
+    "no token": (
+        {"prompt": "a", "completion": "", "label": True, "finished": True, "stop_reason": "Q:"},
+        "line 2: completion is empty",
+    ),
     "number": ({"prompt": 3, "completion": "b", "label": True}, "line 2: prompt is 3, neither a text nor a list of messages"),
     "messages": (
         {"prompt": [{"role": "user"}], "completion": "b", "label": True},

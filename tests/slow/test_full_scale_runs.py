@@ -256,13 +256,19 @@ def test_bfloat16_products_take_the_exam(asked, tmp_path):
     assert all(0 <= float(row["accuracy"]) <= 1 and 0 < float(row["entropy"]) < 10 for row in rows)
 
 
+def without(made, name):
+    return {**made, "asked": {key: value for key, value in made["asked"].items() if key != name}}
+
+
 def test_an_exam_that_cannot_be_held_is_one_line(asked, tmp_path):
     folder, data, held_out = asked
     made = json.loads(data.with_name("rollouts.jsonl.json").read_text())
     cases = {
-        "rollouts of others": ({}, None, "rollouts.jsonl.json: gone; --eval-problems asks as"),
+        "rollouts of others": ({}, None, "rollouts.jsonl.json: not there; --eval-problems asks as"),
         "without how they were asked": ({}, {"date": made["date"]}, "rollouts.jsonl.json: does not say how these"),
         "without the shots": ({}, {**made, "asked": {"fields": ["problem", "answer"]}}, "does not say how these rollouts were"),
+        "without a length": ({}, without(made, "max_tokens"), "does not say how these rollouts were"),
+        "without strict": ({}, without(made, "strict"), "does not say how these rollouts were asked"),
         "no date": ({}, {**made, "date": 3}, "rollouts.jsonl.json: does not say how these rollouts were asked"),
         "problems of the training": ({"eval": data.with_name("train.jsonl")}, made, "4 of 4 problems are in "),
         "bad problems": ({"eval": write(tmp_path / "bad", '{"problem": "1"}')}, made, "1 of 1 lines are bad: line 1: no "),
