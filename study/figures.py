@@ -390,23 +390,28 @@ def figure_ratio(runs):
 
 
 def figure_diversity(runs):
-    """The accuracy stands against pass@16, each loss at its tuned setting, mean and 95 % interval. A loss that gains
-    accuracy by giving up other answers lies to the left of the base model, the black cross.
+    """A row is a loss at its tuned setting: accuracy at T = 0.7 against pass@16. The lines are those of the base model. A loss
+    whose pass@16 lies to the left of its line has given up other answers.
     """
     chosen = of_experiment(runs, "final")
-    families = by(chosen, lambda run: (run.config["loss"], run.get("lam") > 0))
+    families = by(chosen, lambda run: (run.config["loss"], run.get("lam") > 0)).values()
     if len(families) < 2:
         return None
-    figure, (axis,) = canvas(1, 1, row_height=4.8)
-    for (loss, form), some in sorted(families.items(), key=lambda item: list(LOSSES).index(item[0][0])):
-        (x, dx), (y, dy) = (mean_and_interval([run.log[name][-1] for run in some]) for name in ("test_pass@16", METRIC))
-        hollow = {"markerfacecolor": "white"} if form and LOSSES[loss].has_fpa_form and not LOSSES[loss].form_of else {}
-        name = label(some[0].method).split(",")[0]
-        axis.errorbar(x, y, dy, dx, "o", color=colour_of(loss), capsize=2, linewidth=1, label=name, **hollow)
-    base = [np.mean([run.log[name][0] for run in chosen]) for name in ("test_pass@16", METRIC)]
-    axis.plot(*base, "x", color="black", markersize=9, label="base model")
-    axis.set(xlabel="pass@16", ylabel="accuracy, T = 0.7", ylim=(0, 1))
-    figure.legend(loc="outside right center")
+    shown = {METRIC: ("accuracy, T = 0.7", None, ":"), "test_pass@16": ("pass@16", "white", "--")}
+    order = sorted(families, key=lambda some: np.mean([run.log[METRIC][-1] for run in some]))
+    figure, (axis,) = canvas(1, 1, row_height=1.6 + 0.25 * len(order))
+    for row, some in enumerate(order):
+        for name, (_, face, _) in shown.items():
+            x, half = mean_and_interval([run.log[name][-1] for run in some])
+            style = {"color": colour_of(some[0].config["loss"]), "markerfacecolor": face, "markersize": 6}
+            axis.errorbar(x, row, xerr=half, fmt="o", linewidth=1, capsize=2, **style)
+    for name, (_, _, style) in shown.items():
+        axis.axvline(np.mean([run.log[name][0] for run in chosen]), color="black", linewidth=1, linestyle=style, zorder=0)
+    axis.set_yticks(range(len(order)), [label(some[0].method).split(",")[0] for some in order])
+    axis.set(xlim=(-0.02, 1.02), xlabel="share of test problems")
+    handles = [Line2D([], [], color="0.3", marker="o", markerfacecolor=face or "0.3", linestyle=style, label=words)
+               for words, face, style in shown.values()]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure, chosen
 
 
