@@ -64,18 +64,28 @@ def test_a_step_of_bench_trains_and_off_rl_needs_no_reference():
     step()
 
 
-def test_rows_of_real_measurements():
+def twice(*_, **functions):
+    """In the place of in_turn: the shipped step, or Off-RL's, takes a second, and any other takes two."""
+    return {name: np.full(3, 1.0 if name in ("shipped", "off_rl") else 2.0) for name in functions}
+
+
+def test_rows_of_real_measurements(monkeypatch):
     rows = bench.roofline(1, quick=True)
     assert all(row[3] in ("yes", "**no**") and re.search(r"\d of \d+ GFLOP/s", row[1]) for row in rows)
     ideas, growth = bench.ideas(1, quick=True), bench.growth(1, quick=True)
     assert len(ideas) == 7 and all(re.match(r"\d+\.\d\d \(", words) for row in ideas for words in row[1:3])
+    monkeypatch.setattr(bench, "in_turn", twice)
+    assert all(row[1].startswith("2.00 (") and row[2].startswith("2.00 (") for row in bench.ideas(1, quick=True))
     assert len(growth) == 4 and all(re.match(r"[\d,]+: \d+ ms; ", row[1]) and float(row[2]) < 3 for row in growth)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_peak_memory_holds_the_reference_of_fpa_only():
-    _, memory = bench.overhead(1, quick=True)
-    assert 20 < int(re.search(r"(-?\d+) MiB more", memory[1])[1]) < 100  # 34 MB of reference logits
+def test_peak_memory_holds_the_reference_of_fpa_only(monkeypatch):
+    monkeypatch.setattr(bench, "in_turn", twice)
+    seconds, memory = bench.overhead(1, quick=True)
+    assert seconds[1].startswith("2.00 (") and seconds[3] == "**no**"
+    ratio, more, base = map(float, re.match(r"(.*): (.*) MiB more than (.*) MiB", memory[1]).groups())
+    assert 20 < more < 100 and ratio == pytest.approx(1 + more / base, abs=0.01)  # 34 MB of reference logits
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")

@@ -106,6 +106,14 @@ def help_of(*words):
     return printed.getvalue()
 
 
+NAMED = {  # what these commands take beside flags
+    "study.experiments": {*experiments.EXPERIMENTS},
+    "study.tune": {*tune.FAMILIES},
+    "study.scale": {"all"},
+    "study.real": {*real.CASES},
+}
+
+
 def flags_of(*words):
     return set(re.findall(r"--[a-z-]+", help_of(*words)))
 
@@ -121,7 +129,11 @@ def test_commands_parse(path, command):
         flags = {word for word in program if word.startswith("--")}
         if program[0] == "train.py" and "--help" not in flags:
             train.parse_args(program[1:])
+        elif program[:2] == ["-m", "full_scale.train"]:
+            full_scale.train.parse_args(program[2:])
         elif program[0] == "-m":
+            assert {*program[2:]} <= NAMED.get(program[1], {*program[2:]}) | {"NAME"}
+            assert all(Path(word).is_file() for word in program[2:] if word.endswith(".py"))
             assert importlib.util.find_spec(program[1])
             assert not flags or program[1] == "pytest" or flags <= flags_of(*program[:2])
         else:
@@ -383,7 +395,7 @@ def test_the_findings_numbers_are_those_of_results_md():
     written += " ".join(" {:.3f} ± {:.3f}".format(*results.mean_and_interval(values)) for values in thirds)
     assert len(numbers) > 15
     for number in numbers:
-        assert f" {number}" in written or f" -{number}" in written, number
+        assert re.search(rf" -?{re.escape(number)}(?![\d.]*\d)", written), number
 
 
 @functools.cache

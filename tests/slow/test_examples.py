@@ -1,5 +1,6 @@
 """examples/: each runs by its command, and at lam = 0 each has the plain gradient of Off-RL."""
 
+import copy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -22,13 +23,19 @@ def test_the_own_loop_at_lam_0_is_off_rl():
     from examples import own_loop
 
     torch.manual_seed(0)
-    model, encode, eos = own_loop.tiny()
+    plain, encode, eos = own_loop.tiny()
+    at_0, at_2 = (copy.deepcopy(plain) for _ in range(2))
     tokens, real, mask, reward = own_loop.batch(encode, eos)
-    off_rl_loss(model(tokens, attention_mask=real).logits, tokens, mask, reward).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    own_loop.train(model, encode, eos, steps=1, lam=0.0)
-    assert all(torch.allclose(parameter.grad, expected[name], atol=1e-6) for name, parameter in model.named_parameters())
+    optimizer = torch.optim.AdamW(plain.parameters(), 1e-3, weight_decay=0.0)
+    for _ in range(3):  # at the first step any lam is Off-RL
+        optimizer.zero_grad()
+        off_rl_loss(plain(tokens, attention_mask=real).logits, tokens, mask, reward).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+    for model, lam in ((at_0, 0.0), (at_2, 2.0)):
+        own_loop.train(model, encode, eos, steps=3, lam=lam)
+        pairs = zip(model.parameters(), plain.parameters(), strict=True)
+        assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in pairs) == (lam == 0)
     assert not mask[~real].any() and mask.sum(-1).tolist() == [len(encode(answer)) + 1 for answer, _ in own_loop.ANSWERS]
 
 

@@ -276,7 +276,7 @@ HOSTILE = {
     "config that is a pipe": (
         lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), "config.json: not a file"),
     "template that reaches for classes": (
-        lambda f: (f / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1] }}"), "the chat template"),
+        lambda f: (f / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1] }}"), "refuses these messages: access to"),
     "template that divides by zero": (
         lambda f: (f / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "the chat template refuses these messages: division"),
     "template without end": (
@@ -358,13 +358,18 @@ def test_a_text_that_the_checkpoint_has_no_tokens_for_is_refused(tmp_path):
         ChatTokenizer(tmp_path).encode("b")
 
 
-def test_the_loader_says_what_a_checkpoint_is(checkpoint, capsys):
+def test_the_loader_says_what_a_checkpoint_is(checkpoint, capsys, monkeypatch):
     full_scale.load_hf.run([str(checkpoint), "--tokens", "3"])
     out = capsys.readouterr().out
     parameters = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_pretrained(checkpoint).parameters())
-    assert f"Qwen2ForCausalLM, {parameters / 1e9:.2f} billion parameters" in out
-    assert "fp32" in out
-    assert "bf16" in out
+    model = load_pretrained(checkpoint)[0]
+    assert full_scale.load_hf.parameter_count(model) == parameters and "Qwen2ForCausalLM, 0.00 billion parameters" in out
+    monkeypatch.setattr(full_scale.load_hf, "parameter_count", lambda model: 1_540_000_000)
+    lines = full_scale.load_hf.describe("x", checkpoint, model).splitlines()
+    assert "1.54 billion" in lines[0]
+    for line, precision in zip(lines[-2:], ("fp32", "bf16"), strict=True):
+        cells = [full_scale.load_hf.training_gib(model.config, 1_540_000_000, gpus, precision) for gpus in (1, 2, 4, 8)]
+        assert line.split() == [precision, *(f"{cell:.0f}" for cell in cells)]
 
 
 @pytest.mark.parametrize("module", ["load_hf", "rollouts", "train", "evaluate"])

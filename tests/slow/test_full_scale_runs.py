@@ -12,6 +12,7 @@ import torch
 from test_full_scale import ROLLOUTS, write
 from test_full_scale_training import QUICK, Killed, kill_at, run_module, same, sample, taught  # noqa: F401 (a fixture)
 
+import full_scale.exam
 import full_scale.policy
 import full_scale.train
 from full_scale.data import read_data
@@ -222,6 +223,27 @@ def test_what_an_exam_measures(asked):
     with torch.no_grad():
         entropy = exam.entropy(model, completions, "cpu")
     assert entropy == pytest.approx(plain_entropy(model, exam.prompts, completions), rel=1e-5) and entropy > 0
+
+
+def test_an_exam_asks_as_the_rollouts_were_asked(taught, tmp_path, monkeypatch):  # noqa: F811
+    folder, problems = taught
+    rows = [{"q": row["problem"], "a": row["answer"]} for row in map(json.loads, problems.read_text().splitlines())]
+    (tmp_path / "shots").mkdir()
+    shots = write(tmp_path / "shots" / "shots.jsonl", {"q": "1+1?", "a": "2"})
+    first, second = write(tmp_path / "train.jsonl", *rows[:4]), write(tmp_path / "held_out.jsonl", *rows[4:])
+    words = ["--fields", "q", "a", "--shots", shots, 1, "--system", "Be brief.", "--stop", "Q:", "--strict", "--n", 6]
+    for path in (first, second):
+        done = sample(folder, path, tmp_path / f"asked-{path.name}", *words)
+        assert done.returncode == 0, done.stderr
+    flags = ["--init", folder, "--data", tmp_path / "asked-train.jsonl", "--eval-problems", second, "--eval-samples", 8]
+    args = full_scale.train.parse_args([str(flag) for flag in flags])
+    exam = Exam(args, folder, read_data(args, load_pretrained(folder)[1]))
+    asked = [json.loads(line) for line in (tmp_path / "asked-held_out.jsonl").read_text().splitlines()]
+    assert exam.prompts == [row["prompt_ids"] for row in asked[::6]] and exam.strict and exam.texts == ["Q:"]
+    seen, original = [], full_scale.exam.sample_each
+    monkeypatch.setattr(full_scale.exam, "sample_each", lambda *words: seen.append(words[5].tolist()) or original(*words))
+    train(folder, tmp_path / "runs", *flags[4:], "--loss", "off_rl", "--eval-every", 6, data=flags[3])
+    assert len(seen) == 2 and all(some == pytest.approx([1.0] * 8 + [0.7] * 2 + [0.0]) for some in seen)
 
 
 def test_an_exam_changes_nothing_of_a_run_and_is_repeated(asked, tmp_path, monkeypatch):

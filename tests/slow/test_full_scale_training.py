@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -26,6 +27,7 @@ from test_full_scale import ROLLOUTS, change_config, change_tensor, make_checkpo
 
 import full_scale.evaluate
 import full_scale.load_hf
+import full_scale.reference
 import full_scale.rollouts
 import full_scale.store
 import full_scale.train
@@ -90,11 +92,16 @@ def sample(folder, problems, out, *flags, module="rollouts"):
     return run_module(module, "--model", folder, "--problems", problems, "--out", out, "--max-tokens", 24, *flags)
 
 
-def test_from_problems_to_rollouts_to_training_to_evaluation(taught, tmp_path):
+def test_from_problems_to_rollouts_to_training_to_evaluation(taught, tmp_path, monkeypatch):
     folder, problems = taught
+    asked, original = [], full_scale.rollouts.sample_each
+    monkeypatch.setattr(full_scale.rollouts, "sample_each", lambda *words: asked.append(words[5]) or original(*words))
     done = sample(folder, problems, tmp_path / "rollouts.jsonl", "--n", 4)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert sample(folder, problems, tmp_path / "others.jsonl", "--n", 4, "--seed", 1).returncode == 0
+    others = [json.loads(line) for line in (tmp_path / "others.jsonl").read_text().splitlines()]
+    assert [row["completion_ids"] for row in rows] != [row["completion_ids"] for row in others]  # another seed's
     assert len(rows) == 32
     assert json.loads((tmp_path / "rollouts.jsonl.json").read_text())["temperature"] == 1  # training's reference sampled them
     assert {row["label"] for row in rows} == {True, False}
@@ -109,7 +116,7 @@ def test_from_problems_to_rollouts_to_training_to_evaluation(taught, tmp_path):
     done = sample(trained, problems, tmp_path / "answers.jsonl", module="evaluate")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert json.loads((tmp_path / "answers.jsonl.json").read_text())["temperature"] == 0.7
+    assert json.loads((tmp_path / "answers.jsonl.json").read_text())["temperature"] == 0.7 and asked == [1.0, 1.0, 0.7]
     shares = np.array([row["label"] for row in rows]).reshape(8, 8).mean(1)  # the rows come problem by problem
     assert [row["problem_id"] for row in rows] == np.repeat(range(8), 8).tolist()
     mean, error = shares.mean(), shares.std(ddof=1) / 8**0.5
@@ -191,6 +198,26 @@ def test_two_processes_train_as_one_does(checkpoint, alone, tmp_path):
     weights = [load_file(next(out.glob("*/model/model.safetensors"))) for out in (alone[0], tmp_path)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_hidden_states_of_several_files_are_those_of_one(checkpoint, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(full_scale.reference, "SHARD_BYTES", 5_000)
+    same_but_times = [[{**row, "seconds": 0} for row in log] for log in (train(checkpoint, tmp_path), alone[1])]
+    assert len(list(tmp_path.glob("cache/*/hidden-*.safetensors"))) > 2
+    same(*same_but_times)
+
+
+def test_the_rate_warms_up_and_falls(checkpoint, tmp_path, monkeypatch):
+    rates, original = [], full_scale.train.training_step
+
+    def watched(model, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return original(model, optimizer, *rest)
+
+    monkeypatch.setattr(full_scale.train, "training_step", watched)
+    train(checkpoint, tmp_path)
+    falling = [0.5 + 0.5 * math.cos(math.pi * step / 6) for step in range(2, 6)]  # QUICK has 6 steps, 2 of warm-up
+    assert rates == pytest.approx([1e-3 * share for share in (1 / 3, 2 / 3, *falling)])
 
 
 def test_a_live_reference_is_the_cached_one(checkpoint, alone, tmp_path):
@@ -377,6 +404,21 @@ def same(ours, expected):
     assert str(ours) == str(expected)
 
 
+def test_a_kill_between_new_sums_and_their_checksum_blocks_nothing(checkpoint, tmp_path, monkeypatch):
+    train(checkpoint, tmp_path, "--loss", "off_rl")  # which keeps sums alone
+    original = full_scale.reference.write_beside
+
+    def killed(path, facts):
+        if path.name == "sums.safetensors":
+            raise Killed
+        original(path, facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(full_scale.reference, "write_beside", killed)
+        interrupt(checkpoint, tmp_path)
+    assert run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK).returncode == 0
+
+
 @pytest.mark.parametrize("moment", ["part is whole", "old is moved", "old is half gone", "part is half written"])
 def test_a_checkpoint_that_was_being_replaced_is_taken_up(moment, checkpoint, alone, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -471,13 +513,14 @@ def test_a_signal_in_the_last_step_is_not_lost(checkpoint, tmp_path, monkeypatch
     assert done.returncode == 0 and "already finished" in done.stdout and not (folder.parent / "checkpoint").exists()
 
 
-def test_a_result_that_cannot_be_written_costs_no_step(checkpoint, alone, tmp_path, monkeypatch):
-    def full(*arguments):
+@pytest.mark.parametrize("place", ["train.save_pretrained", "load_hf.save_file"])
+def test_a_result_that_cannot_be_written_costs_no_step(place, checkpoint, alone, tmp_path, monkeypatch):
+    def full(*arguments, **words):
         raise files.UserError("no space")
 
     flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--save-every", 100]
     with monkeypatch.context() as patch:
-        patch.setattr(full_scale.train, "save_pretrained", full)
+        patch.setattr(f"full_scale.{place}", full)
         assert run_module("train", *flags).returncode == 2
     done = run_module("train", *flags)
     assert done.returncode == 0 and "from step 6" in done.stdout
@@ -570,19 +613,22 @@ def test_bad_lines_are_left_out_if_asked(checkpoint, alone, tmp_path):
     same([{**row, "seconds": 0} for row in log_of(tmp_path / "runs")], [{**row, "seconds": 0} for row in alone[1]])
 
 
-def test_a_step_that_is_not_finite_stops_or_is_skipped(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["loss nan, gradient norm nan", "gradient norm nan"])
+def test_a_step_that_is_not_finite_stops_or_is_skipped(what, checkpoint, tmp_path, monkeypatch):
     original = full_scale.train.objective
 
     def broken(batch, *words):
         loss, coefficient = original(batch, *words)
-        return loss * (math.nan if next(calls) in (4, 5) else 1.0), coefficient  # micro-batches of the second step
+        if next(calls) in (4, 5):  # micro-batches of the second step
+            loss = loss * math.nan if what.startswith("loss") else loss + (loss - loss).sqrt()  # whose gradient is not finite
+        return loss, coefficient
 
     monkeypatch.setattr(full_scale.train, "objective", broken)
     flags = ["--init", checkpoint, "--data", ROLLOUTS, *QUICK, "--out"]
     calls = iter(range(10**6))
     done = run_module("train", *flags, tmp_path / "stopped")
     assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
-    assert "step 2: loss nan" in done.stderr and "problem ids of its batch: [" in done.stderr
+    assert re.search(f"step 2: (loss -?[0-9.e-]+, )?{what};", done.stderr) and "problem ids of its batch: [" in done.stderr
     calls = iter(range(10**6))
     done = run_module("train", *flags, tmp_path / "skipped", "--skip-nonfinite", 1)
     assert done.returncode == 0 and [row["skipped"] for row in log_of(tmp_path / "skipped")][:3] == [0, 0, 1]
@@ -645,21 +691,27 @@ def test_a_checkpoint_of_noise_is_one_line(checkpoint, tmp_path, monkeypatch):
     assert done.returncode == 2 and f"error: {path.parent}: " in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, alone, tmp_path):
-    """No file may grow beyond 150 kB: the reference's hidden states may, a checkpoint may not."""
+def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, alone, tmp_path, monkeypatch):
+    """No file may grow beyond 150 kB, and a checkpoint does."""
+    with monkeypatch.context() as patch:
+        kill_at(patch, lambda: saved_step(tmp_path) == 2)
+        interrupt(checkpoint, tmp_path)
     flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK]
     command = [sys.executable, "-m", "full_scale.train", *map(str, flags)]
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (150_000, 150_000))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"error: {tmp_path}" in done.stderr and "checkpoint.part: " in done.stderr and "File too large" in done.stderr
-    assert run_module("train", *flags).returncode == 0
+    assert saved_step(tmp_path) == 2
+    assert "from step 2" in run_module("train", *flags).stdout
     assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
 
 
 def test_a_disk_too_small_for_the_reference_is_one_line(checkpoint, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    rows = read_data(full_scale.train.parse_args(["--init", "x", "--data", str(ROLLOUTS)]), ChatTokenizer(checkpoint))
+    needed = rows.length.sum().item() * load_pretrained(checkpoint)[0].config.d_model * 4  # bytes of float32
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
     done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
     assert done.returncode == 2
     assert "the reference takes 0.0 GB, and 0.0 GB are free" in done.stderr

@@ -233,9 +233,22 @@ def test_hours_are_those_of_own_runs_or_of_runs_like_them():
     main = {run.folder.name: run.config for run in MAIN}
     took = experiments.hours(main, runs)
     assert took == pytest.approx(sum(run.log["seconds"][-1] for run in MAIN) / 3600)
-    others = {run: made for run, made in runs.items() if run not in main}
-    assert experiments.hours(main, others) == pytest.approx(took, rel=0.5)
     assert np.isnan(experiments.hours(main, {}))
+
+    def took_so_long(seconds, **config):
+        config = {"prompts": 1024, "eval_every": 100, **config}
+        return results.Run(Path("x"), config, {"seconds": np.array([0.0, seconds])})
+
+    known = [took_so_long(10.0, loss="fpa", steps=100), took_so_long(40.0, loss="sft", steps=100)]
+    known += [took_so_long(60.0, loss="fpa", steps=300), took_so_long(90.0, loss="fpa", steps=300, prompts=256)]
+    asked = {"loss": "fpa", "steps": 300, "prompts": 1024, "eval_every": 100}
+    for changed, seconds in (
+        ({}, 60),  # of the one like it
+        ({"prompts": 4096}, (60 + 90) / 2),  # of its loss and length
+        ({"loss": "dpo", "steps": 100}, (10 + 40) / 2),  # of its length
+        ({"steps": 200}, 200 * (0.1 + 0.4 + 0.2 + 0.3) / 4),  # of all, by their seconds a step
+    ):
+        assert experiments.seconds_of({**asked, **changed}, known) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +331,8 @@ def test_an_experiment_is_run_gathered_and_then_held(tmp_path, monkeypatch, caps
     monkeypatch.setattr(train, "main", None)
     experiments.run(["tiny", *flags])
     assert "gathered      0 new runs" in capsys.readouterr().out
+    experiments.run(flags)
+    assert re.search(r"^tiny +2 +2 +\d", capsys.readouterr().out, flags=re.M)
 
 
 def test_train_begins_from_the_stored_base_models(tmp_path, capsys):

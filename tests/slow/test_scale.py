@@ -77,6 +77,15 @@ def test_topr_brakes_at_a_seventeenth_of_powers_distance():
     assert weight("power", -12.0) == pytest.approx(0.5, abs=0.01) and 52 * math.log(2) / 3 == pytest.approx(12, abs=0.1)
 
 
+def test_every_kind_of_run_changes_what_its_settings_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(scale.changed, "train_one", lambda args, name, settings, changes: asked.append(changes))
+    for settings in ({}, {"scale": "mean1"}, {"optimizer": "sgd"}, {"optimizer": "sgd", "scale": "mean1"}):
+        scale.train_one(None, "", settings)
+    rescaled, sgd = {"objective": scale.rescaled}, {"adamw": torch.optim.SGD, "clip_grad_norm_": scale.unclipped}
+    assert asked == [{}, rescaled, sgd, rescaled | sgd]
+
+
 def test_the_runs_go_from_the_grid_to_the_cases_and_into_the_tables(tmp_path, monkeypatch, capsys):
     flags = " ".join(TINY)
     plain = experiments.command_of

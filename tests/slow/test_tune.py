@@ -94,6 +94,7 @@ def test_the_command_runs_a_search_resumes_it_and_publishes_it(tmp_path, monkeyp
     tune.run(list(map(str, words)))
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 1 + len(FAMILIES) and sum("--loss sft --lr" in line for line in listed) == 1
+    assert next(line for line in listed if line.startswith("sft ")).split()[1] == "5"
 
 
 def test_an_unknown_family_is_one_line(capsys):

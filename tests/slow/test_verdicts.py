@@ -108,15 +108,14 @@ def test_the_five_verdicts():
 
 
 def run_of(accuracy, **more):
-    """A run with two evaluations, and tables whose every number can be worked out by hand."""
+    """A run with two evaluations, or as many as `more` has, and tables whose every number can be worked out by hand."""
     values = {"test_accuracy": accuracy, "test_accuracy_0.7": accuracy, "test_accuracy_greedy": accuracy, "test_pass@16": 0.9,
               "test_entropy": 0.1, "accuracy_0.7": accuracy, "logratio_correct_p5": -1.0, "tokens_sampled": 100.0,
               "tokens_trained": 200.0, "seconds": 10.0}  # fmt: skip
-    batch = {"step": np.arange(300), "up": np.ones(300), "down": np.where(np.arange(300) < 150, 2.0, 0.5)}
-    batch |= {
-        "coefficient_correct": np.ones(300),
-        "coefficient_incorrect": np.where(np.arange(300) < more.get("at", 200), 1, 0.1),
-    }
+    steps, at = np.arange(300), more.get("at", 200)
+    batch = {"step": steps, "up": np.ones(300), "down": np.where(steps < more.get("lowered", 60), 2.0, 0.5)}
+    below = np.select([steps < at - 20, steps < at, steps < at + 20], [1, 0.6, 0.4], 0.1)  # of 0.5, from `at` on
+    batch |= {"coefficient_correct": np.ones(300), "coefficient_incorrect": below}
     log = {"step": np.array([0.0, 1000.0])}
     for name, value in {**values, **more}.items():
         log[name] = np.array(value if isinstance(value, list) else [value, value], dtype=float)
@@ -140,25 +139,27 @@ def made_up():
     runs |= {("sizes", "fpa, 4096 prompts"): 0.75, ("scale", "AdamW"): 0.6, ("scale", "AdamW, mean 1"): 0.6}
     runs |= {("scale", "SGD"): 0.5, ("scale", "SGD, mean 1"): 0.6}
     more = {
-        ("final", "fpa"): {"at": 99, "tokens_sampled": [225.0, 225.0], "accuracy_0.7": [0.4, 0.8], "seconds": [5.0, 15.0],
-                           "tokens_trained": [0.0, 300.0], "test_pass@16": 0.8, "test_entropy": 0.05},
+        ("final", "fpa"): {"at": 99, "tokens_sampled": [225.0] * 3, "accuracy_0.7": [0.4, 0.8, 0.8],
+                           "seconds": [5.0, 15.0, 45.0], "tokens_trained": [0.0, 300.0, 900.0],
+                           "test_pass@16": 0.8, "test_entropy": 0.05},
         ("final", "grpo"): {"tokens_sampled": [50.0, 400.0], "accuracy_0.7": [0.4, 0.75], "tokens_trained": [1.0, 600.0],
                             "seconds": [1.0, 60.0]},
-        ("final", "off_rl"): {"at": 199},
+        ("final", "off_rl"): {"at": 199, "lowered": 120},
+        ("extrapolation", "off_rl, 0.0002"): {"lowered": 150},
         ("final", "topr"): {"test_pass@16": 0.95},
-        ("prolonged", "off_rl"): {"accuracy_0.7": [0.6, 0.2]},
-        ("prolonged", "fpa"): {"accuracy_0.7": [0.82, 0.8]},
+        ("prolonged", "off_rl"): {"accuracy_0.7": [0.5, 0.6, 0.2]},
+        ("prolonged", "fpa"): {"accuracy_0.7": [0.4, 0.82, 0.8]},
     }  # fmt: skip
     for i, lr in enumerate(experiments.RATES):
         more["rates", f"{lr:g}"] = {"logratio_correct_p5": -10.0 + i}
     made = {
         key: {seed: run_of(accuracy + 1e-4 * seed, **more.get(key, {})) for seed in range(8)} for key, accuracy in runs.items()
     }
-    return made, {name: final[name] for name in tune.FAMILIES}
+    return made, {name: final[name] for name in tune.FAMILIES} | {"grpo": 1.0, "sft": 0.95}  # which C16 leaves out
 
 
 EXPECTED = {  # means over seeds, by hand
-    "N1": [0.75, 0.75],
+    "N1": [0.75, 0.6],
     "N2": [1.0],
     "N3": [100 / 200],
     "C10": [0.5, 0.5, 0.5, 0.5, 0.75, 0.75, 0.75, 0.75],
@@ -184,6 +185,8 @@ def test_every_claim_measures_what_it_says():
     for name, claim in found.items():
         assert [m.values.mean() for m in claim.measured] == pytest.approx(EXPECTED[name], abs=4e-4), name
         assert claim.seeds == [8] and set(claim.experiments.split()) <= {*experiments.EXPERIMENTS, "scale"}
+    never = run_of(0.5, seconds=[1.0, 2.0, 3.0], **{"accuracy_0.7": [0.4, 0.6, 0.5]})
+    assert verdicts.reached(never, "seconds") == 3
     words = rule.verdicts(found)
     assert {name for name, word in words.items() if word == "contradicted"} == {"C11", "C15", "N4"}
     assert {word for word in words.values()} == {"supported", "contradicted"}
