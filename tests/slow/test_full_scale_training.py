@@ -13,7 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -40,6 +42,7 @@ from full_scale.reference import Reference
 from full_scale.rollouts import read_problems
 from full_scale.verdict import is_correct
 from losses import LOSSES, token_logps
+from model import SwiGLU
 from plumbing import files
 from plumbing.batches import batch_order
 
@@ -226,8 +229,23 @@ def test_a_live_reference_is_the_cached_one(checkpoint, alone, tmp_path):
     assert not list(tmp_path.glob("cache/*/hidden-*"))
 
 
-def test_recomputing_activations_changes_nothing(checkpoint, alone, tmp_path):
+def test_recomputing_activations_changes_nothing_but_forwards(checkpoint, alone, tmp_path, monkeypatch):
+    calls, original = [], SwiGLU.forward
+    monkeypatch.setattr(SwiGLU, "forward", lambda *some: calls.append(0) or original(*some))
     assert_logs_agree(train(checkpoint, tmp_path, "--no-recompute"), alone[1], rtol=1e-5)
+    once = len(calls)
+    train(checkpoint, tmp_path / "recomputed")
+    layers = load_pretrained(checkpoint)[0].config.n_layers
+    assert len(calls) - 2 * once == 6 * (8 // 2) * layers  # QUICK: 6 steps of 8 rows, 2 at once
+
+
+def test_seconds_are_those_of_the_steps_alone(checkpoint, tmp_path, monkeypatch):
+    step, evaluate = full_scale.train.training_step, full_scale.train.Log.evaluate
+    monkeypatch.setattr(full_scale.train, "training_step", lambda *some: time.sleep(0.2) or step(*some))
+    monkeypatch.setattr(full_scale.train.Log, "evaluate", lambda *some: time.sleep(1.5) or evaluate(*some))
+    train(checkpoint, tmp_path, "--eval-every", 3)
+    seconds = np.genfromtxt(next(tmp_path.glob("*/log.csv")), delimiter=",", names=True)["seconds"]
+    assert seconds[0] == 0 and 0.6 <= seconds[1] < seconds[2] - 0.6 < 4.5 - 0.6
 
 
 def test_the_last_row_of_the_log_is_that_of_the_two_checkpoints(checkpoint, alone):
@@ -341,6 +359,9 @@ def test_bfloat16_products_change_little(checkpoint, alone, tmp_path):
     log = train(checkpoint, tmp_path, "--precision", "bf16")
     assert log != alone[1]
     assert_logs_agree(log, alone[1], rtol=0.05)
+    for name in ("pi_correct", "pihat_correct", "pihat_incorrect", "coefficient_correct", "coefficient_incorrect"):  # small
+        assert log[-1][name] == pytest.approx(alone[1][-1][name], rel=2e-3, abs=0), name
+    assert abs(log[-1]["pihat_correct"] / log[-1]["pi_correct"] - 1) > 0.02  # the future policy is another one
 
 
 def test_the_trained_checkpoint_loads_in_transformers(checkpoint, alone):
@@ -490,6 +511,27 @@ def test_ctrl_c_finishes_the_step_and_saves(number, checkpoint, tmp_path, monkey
     done = run_module("train", *flags)
     assert "from step 3" in done.stdout
     same(log_of(tmp_path / "stopped"), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the worker is found in /proc")
+def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(checkpoint, tmp_path):
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--steps", 60, "--save-every", 1000]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "full_scale.train", *map(str, flags)]
+    with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not any(path.read_text().count("\n") > 3 for path in tmp_path.glob("*/log.csv")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        worker = next(pid for pid in children if b"full_scale.train" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(int(worker), signal.SIGTERM)
+        try:
+            assert process.wait(timeout=120) != 0
+        finally:
+            process.kill()
+    step = saved_step(tmp_path)
+    assert 0 < step < 60
+    done = run_module("train", *flags)
+    assert done.returncode == 0 and f"from step {step}" in done.stdout
 
 
 def test_a_signal_in_the_last_step_is_not_lost(checkpoint, tmp_path, monkeypatch):
