@@ -361,8 +361,8 @@ if guessed(off_rl_ratio_guess, fpa_ratio_guess):
 # ## 5. Is it a forecast, and how is it related to DPO? (homework, 10 min)
 #
 # π̂ of step 80 at λ = 2 is meant to be the policy of step 240. A policy is near to it where KL(policy of step 240 ‖ this policy),
-# a mean over tokens, is small. **Guess**, `"nearer"` or `"farther"`: is π̂ of step 80 nearer to the policy of step 240 than π_θ of
-# step 80 is? And at step 10, with the policy of step 30?
+# the KL divergence, is small. It is a kind of distance, and a mean over tokens here. **Guess**, `"nearer"` or `"farther"`: is π̂
+# of step 80 nearer to the policy of step 240 than π_θ of step 80 is? And at step 10, with the policy of step 30?
 
 # %%
 # BEGIN SOLUTION
