@@ -129,8 +129,8 @@ def pair_at(share, table):
 
 
 def fingerprint(runs):
-    """Of the logs behind a figure; stored in the PNG, so that a test can tell whether a committed figure is theirs."""
-    rows = [(run.config, {name: column.tolist() for name, column in run.log.items()}) for run in runs]
+    """Of the logs and tables behind a figure; stored in the PNG, so that a test can tell whether a committed one is theirs."""
+    rows = [(run.config, [{k: v.tolist() for k, v in log.items()} for log in (run.log, *run.tables.values())]) for run in runs]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 

@@ -215,6 +215,9 @@ def test_a_copy_of_a_run_keeps_its_fingerprint(tmp_path):
     assert drawing.fingerprint([first]) == drawing.fingerprint([second])
     changed = second._replace(log={**second.log, "accuracy": second.log["accuracy"] + 0.001})
     assert drawing.fingerprint([first]) != drawing.fingerprint([changed])
+    tables = [first._replace(tables={"batch": {"up": np.array([up])}}) for up in (1.0, 1.0, 2.0)]
+    one, same, other = (drawing.fingerprint([run]) for run in tables)
+    assert one == same != other
 
 
 # --- the command

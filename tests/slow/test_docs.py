@@ -618,7 +618,7 @@ def test_what_is_said_of_the_searches():
     chosen, mean = score("fpa")
     said = f"FPA scores {mean:.3f} at its best setting, λ = {chosen['lam']:g} on incorrect rows only, at {chosen['lr']:g}."
     assert chosen["target"] == "incorrect" and chosen["lr"] < min(experiments.RATES) and said in page
-    searched = ("power", "sharpened", "topr", "sft", "constant", "future_topr", "nsr", "grpo", "kto")
+    searched = ("power", "sharpened", "topr", "sft", "constant", "future_topr", "nsr", "grpo", "kto", "asymre", "a_star_po")
     found = {name: score(name) for name in searched}
     assert min(found[name][1] for name in ("sharpened", "power", "kto")) > mean and "and KTO above FPA, on the" in page
     scored = {name: f"{mean:.3f}" for name, (_, mean) in found.items()}
@@ -633,6 +633,18 @@ def test_what_is_said_of_the_searches():
     others = [settings for settings in first if settings != found["nsr"][0]]
     assert len(others) == 11 and not any(of_seed(settings, seed) for settings in others for seed in tune.SEEDS)
     assert "samples its answers as it learns, scores {grpo}.".format(**scored) in page
+    assert "AsymRE scores {asymre}. Its baseline is {:g} below the".format(found["asymre"][0]["shift"], **scored) in page
+    assert "PO scores {a_star_po} at β = {:g}. On".format(found["a_star_po"][0]["beta"], **scored) in page
+    dpo, of_seed = tune.search("dpo", tune.scores("dpo", held())), tune.scores("dpo", held())
+    score, best = max((np.mean([of_seed(drawn, s) or 0 for s in tune.SEEDS]), drawn["lr"]) for drawn in dpo.asked[0])
+    assert f"DPO scores {score:.3f} after its first round. It chose a learning rate of {best:g}, exactly" in page
+    assert best == 2 * tune.LR[0] and len(dpo.asked) > 1 and dpo.chosen is None
+    at_rate = [
+        [tune.scores(name, held())({"lr": lr, "schedule": "constant"}, seed) for seed in experiments.GRID_SEEDS]
+        for name, lr in (("simper", 2.1e-4), ("off_rl", 1.9e-4))
+    ]
+    said = "0.00021 it scores {:.3f} and {:.3f} on two seeds. Off-RL at 0.00019 scores {:.3f} and {:.3f} on these."
+    assert said.format(*at_rate[0], *at_rate[1]) in page and tune.search("simper", tune.scores("simper", held())).chosen is None
 
 
 def test_what_is_said_of_the_ratio_of_the_weights():
