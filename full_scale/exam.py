@@ -21,7 +21,7 @@ from .data import padded
 from .policy import completion_hidden, head_of
 from .processes import by_first, say
 from .prompts import ChatTokenizer
-from .rollouts import answer_of, beside_of, ends_of, prepare, prompts_of, read_problems, sample_each
+from .rollouts import ASKED, answer_of, beside_of, ends_of, prepare, prompts_of, read_problems, sample_each
 from .verdict import final_answer
 
 PASS_AT = (4, 16)  # the k of pass@k, where there are so many samples
@@ -41,15 +41,15 @@ class Exam:
             raise UserError(f"{path}: not there; --eval-problems asks as full_scale.rollouts says there that it asked")
         made = read_json(path)
         try:
-            self.asked, date = SimpleNamespace(**made["asked"]), datetime.datetime.fromisoformat(made["date"])
-            self.most, self.strict = self.asked.max_tokens, self.asked.strict
+            self.asked = SimpleNamespace(**{name: made["asked"][name] for name in ASKED})
+            date = datetime.datetime.fromisoformat(made["date"])
             self.problems = read_problems(args.eval_problems, self.asked.fields, skip_bad=args.skip_bad_lines, say=say)
             self.tokenizer = ChatTokenizer(folder)
             self.texts = prepare(self.tokenizer, self.asked, date)
             texts = [self.tokenizer.ask(problem, self.asked.system, self.asked.shots) for problem, _ in self.problems]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{path}: does not say how these rollouts were asked; full_scale.rollouts writes it") from None
-        self.prompts = [ids for _, ids in prompts_of(texts, self.tokenizer, self.most, say)]
+        self.prompts = [ids for _, ids in prompts_of(texts, self.tokenizer, self.asked.max_tokens, say)]
         trained = {tuple(ids[:start].tolist()) for ids, start in zip(data.tokens, data.prompt_length)}
         if known := sum(tuple(prompt) in trained for prompt in self.prompts):
             raise UserError(f"{args.eval_problems}: {known} of {len(self.prompts)} problems are in {args.data} too")
@@ -74,7 +74,7 @@ class Exam:
         generator, counts = seeded(device, run.seed, "evaluation", step), [len(temperatures)] * len(self.prompts)
         with gathered(model):
             ends = together(ends_of(self.tokenizer, self.texts, device))
-            sampled = sample_each(model, self.prompts, counts, self.most, ends, temperatures, generator)
+            sampled = sample_each(model, self.prompts, counts, self.asked.max_tokens, ends, temperatures, generator)
             entropy = self.entropy(model, [ids[0] for ids in sampled], device)
         answers = [[answer_of(ids, prompt, self.tokenizer, self.texts) for ids in some]
                    for some, prompt in zip(sampled, self.prompts)]  # fmt: skip
@@ -82,7 +82,7 @@ class Exam:
 
     def columns(self, answers):
         """Accuracies from the answers to every problem: those at temperature 1, those at 0.7, the greedy one."""
-        read = [[(a["completion"], a["finished"], self.strict) for a in some] for some in answers]
+        read = [[(a["completion"], a["finished"], self.asked.strict) for a in some] for some in answers]
         right = torch.tensor([[gym.is_right(gold, *a) for a in some] for some, (_, gold) in zip(read, self.problems)]).float()
         warm, cool, greedy = right.split([self.samples, right.shape[1] - self.samples - 1, 1], dim=1)
         columns = {"accuracy": warm.mean().item(), "accuracy_0.7": cool.mean().item(), "accuracy_greedy": greedy.mean().item()}

@@ -88,11 +88,14 @@ def read_problems(path, fields=("problem", "answer"), **words):
 # --- sampling
 
 
+# how problems are asked and answers read: what --eval-problems of train.py repeats
+ASKED = ("fields", "system", "template", "stop", "strict", "max_tokens", "shots", "template_arg")
+
+
 def asking(args):
-    """How problems are asked and answers read: what --eval-problems of train.py repeats. JSON can hold it."""
-    names = ("fields", "system", "template", "stop", "strict", "max_tokens")
+    """{name: value} of ASKED. JSON can hold it."""
     pairs = {"shots": read_shots(args), "template_arg": args.template_arg}
-    return {**{name: getattr(args, name) for name in names}, **{name: list(map(list, pairs[name])) for name in pairs}}
+    return {name: list(map(list, pairs[name])) if name in pairs else getattr(args, name) for name in ASKED}
 
 
 def sampler(args, asked, date):

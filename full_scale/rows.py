@@ -131,11 +131,11 @@ def rollouts_of(line, tokenizer):
     if isinstance(prompt, str) and words:
         raise ValueError(f"{', '.join(words)} beside a prompt that is a text: no chat template writes it")
     finished = field(line, "finished", bool) if "finished" in line else True
+    ends = line.get("finished") is True and not isinstance(line.get("stop_reason"), str)  # by a token, which is trained
     sampled = {name: line[name] for name in ("prompt_ids", "completion_ids", "stop_reason") if name in line}
     rows = []
     for name, answer in answers.items():
         asked, completion = texts_of(prompt, answer, tokenizer, words)
-        ends = line.get("finished") is True and not isinstance(line.get("stop_reason"), str)  # by a token, which is trained
         if not completion and not ends and not sampled.get("completion_ids"):
             raise ValueError(f"{name} is empty")
         row = {"prompt": asked, "completion": completion, "label": labels[name], "finished": finished}

@@ -69,9 +69,8 @@ def final(runs):
 
     C14b compares FPA's seconds with GRPO's. So GRPO comes right after FPA, and both are evaluated more often.
     """
-    first = tuned(runs, " --diagnostics", ["off_rl"]) | tuned(runs, f" --diagnostics {OFTEN}", ["fpa"])
-    first |= tuned(runs, f" {OFTEN}", ["grpo"])
-    return {**first, **{name: flags for name, flags in tuned(runs).items() if name not in first}}
+    cases, more = tuned(runs), {"off_rl": "--diagnostics", "fpa": f"--diagnostics {OFTEN}", "grpo": OFTEN}
+    return {name: f"{cases[name]} {more.get(name, '')}" for name in dict.fromkeys([*more, *cases]) if name in cases}
 
 
 def slips(runs):

@@ -129,17 +129,17 @@ def figure_push(runs):
 # --- losses beside each other
 
 
-def panel_dots(axis, methods, values=final):
-    """A row a method: a dot a seed, and the mean with its interval. Grey: before training."""
+def panel_dots(axis, methods, values=final, before=lambda run: run.log["accuracy"][0], what="accuracy, T = 1"):
+    """A row a method: a dot a seed, and the mean with its interval. Grey: `before` training."""
     rows = list(coloured(methods))[::-1]
     for y, (colour, _, runs) in enumerate(rows):
         numbers = [values(run) for run in runs]
         mean, half = mean_and_interval(numbers)
         axis.plot(numbers, [y] * len(numbers), "o", color=colour, alpha=0.6, markersize=5, markeredgewidth=0, zorder=3)
         axis.errorbar(mean, y, xerr=half, fmt="|", color=colour, markersize=14, capsize=3, linewidth=1.8)
-    axis.axvline(np.mean([run.log["accuracy"][0] for _, _, runs in rows for run in runs]), color="0.6", linewidth=0.8, zorder=0)
+    axis.axvline(np.mean([before(run) for _, _, runs in rows for run in runs]), color="0.6", linewidth=0.8, zorder=0)
     axis.set_yticks(range(len(rows)), [label(method) for _, method, _ in rows], fontsize=8)
-    axis.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), xlabel="accuracy, T = 1 (grey: before training)")
+    axis.set(xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4), xlabel=f"{what} (grey: before training)")
     axis.grid(axis="x", alpha=0.3)
 
 
@@ -390,28 +390,19 @@ def figure_ratio(runs):
 
 
 def figure_diversity(runs):
-    """A row is a loss at its tuned setting: accuracy at T = 0.7 against pass@16. The lines are those of the base model. A loss
-    whose pass@16 lies to the left of its line has given up other answers.
+    """Each loss at its tuned setting: accuracy at T = 0.7 against pass@16. A dot is a seed. The tick is the mean, and the bar
+    is its interval. A loss whose pass@16 lies to the left of the grey line has given up other answers.
     """
     chosen = of_experiment(runs, "final")
-    families = by(chosen, lambda run: (run.config["loss"], run.get("lam") > 0)).values()
-    if len(families) < 2:
+    methods = sorted(by_method(chosen).items(), key=lambda item: -np.mean([run.log[METRIC][-1] for run in item[1]]))
+    if len(methods) < 2:
         return None
-    shown = {METRIC: ("accuracy, T = 0.7", None, ":"), "test_pass@16": ("pass@16", "white", "--")}
-    order = sorted(families, key=lambda some: np.mean([run.log[METRIC][-1] for run in some]))
-    figure, (axis,) = canvas(1, 1, row_height=1.6 + 0.25 * len(order))
-    for row, some in enumerate(order):
-        for name, (_, face, _) in shown.items():
-            x, half = mean_and_interval([run.log[name][-1] for run in some])
-            style = {"color": colour_of(some[0].config["loss"]), "markerfacecolor": face, "markersize": 6}
-            axis.errorbar(x, row, xerr=half, fmt="o", linewidth=1, capsize=2, **style)
-    for name, (_, _, style) in shown.items():
-        axis.axvline(np.mean([run.log[name][0] for run in chosen]), color="black", linewidth=1, linestyle=style, zorder=0)
-    axis.set_yticks(range(len(order)), [label(some[0].method).split(",")[0] for some in order])
-    axis.set(xlim=(-0.02, 1.02), xlabel="share of test problems")
-    handles = [Line2D([], [], color="0.3", marker="o", markerfacecolor=face or "0.3", linestyle=style, label=words)
-               for words, face, style in shown.values()]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    figure, axes = canvas(1, 2, row_height=0.3 * len(methods) + 1)
+    for axis, (name, what) in zip(axes, {METRIC: "accuracy, T = 0.7", "test_pass@16": "pass@16"}.items()):
+        panel_dots(axis, dict(methods), lambda run: run.log[name][-1], lambda run: run.log[name][0], what)
+        axis.set_xlim(0, 1.02)
+    axes[0].set_yticks(range(len(methods)), [label(method).split(",")[0] for method, _ in methods[::-1]], fontsize=8)
+    axes[1].set_yticklabels([])
     return figure, chosen
 
 

@@ -239,7 +239,7 @@ def test_an_exam_asks_as_the_rollouts_were_asked(taught, tmp_path, monkeypatch):
     args = full_scale.train.parse_args([str(flag) for flag in flags])
     exam = Exam(args, folder, read_data(args, load_pretrained(folder)[1]))
     asked = [json.loads(line) for line in (tmp_path / "asked-held_out.jsonl").read_text().splitlines()]
-    assert exam.prompts == [row["prompt_ids"] for row in asked[::6]] and exam.strict and exam.texts == ["Q:"]
+    assert exam.prompts == [row["prompt_ids"] for row in asked[::6]] and exam.asked.strict and exam.texts == ["Q:"]
     seen, original = [], full_scale.exam.sample_each
     monkeypatch.setattr(full_scale.exam, "sample_each", lambda *words: seen.append(words[5].tolist()) or original(*words))
     train(folder, tmp_path / "runs", *flags[4:], "--loss", "off_rl", "--eval-every", 6, data=flags[3])

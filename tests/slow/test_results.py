@@ -601,13 +601,14 @@ def test_the_studys_figures_show_what_they_say():
     assert len(figure.axes) == 8 and len(chosen) == 9
     assert plots.FIGURES["ratio"](runs[:5]) is None and plots.FIGURES["diversity"](runs[:1]) is None
     several = [of_the_study("dpo", 0.4, seed=seed) for seed in range(3)] + [of_the_study("dpo", 0.6, lam=2.0, beta=0.1)]
+    several.append(of_the_study("off_rl", 0.3))
     figure, chosen = plots.FIGURES["diversity"]([*several, of_the_study("sft", 0.8, experiments=("rates",))])
     check_hygiene(figure)
-    (axis,) = figure.axes
-    dots = [tuple(np.round([bar.lines[0].get_xdata()[0], bar.lines[0].get_ydata()[0]], 3)) for bar in axis.containers]
-    assert dots == [(0.4, 0), (0.96, 0), (0.6, 1), (0.94, 1)] and len(chosen) == 4  # by accuracy: it, then pass@16
-    assert [text.get_text() for text in axis.get_yticklabels()] == ["DPO", "DPO with FPA"]
-    assert [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() in (":", "--")] == [0.5, 0.97]  # before training
+    dots = [[tuple(np.round(bar.lines[0].get_xydata()[0], 3)) for bar in axis.containers] for axis in figure.axes]
+    assert dots == [[(0.3, 0), (0.4, 1), (0.6, 2)], [(0.97, 0), (0.96, 1), (0.94, 2)]] and len(chosen) == 5  # by accuracy
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["Off-RL", "DPO", "DPO with FPA"]
+    grey = [line.get_xdata()[0] for axis in figure.axes for line in axis.lines if line.get_color() == "0.6"]
+    assert grey == pytest.approx([0.5, 0.97])  # before training
     drawing.plt.close("all")
 
 
