@@ -47,6 +47,11 @@ def prose(path):
     return "\n".join(line for line in text.splitlines() if not line.startswith("|"))
 
 
+def flowing(path):
+    """Its prose in one line."""
+    return " ".join(prose(path).split())
+
+
 def table(path, heading):
     """The rows of the table whose first row begins so, lists of cells as they are written."""
     (found,) = re.findall(rf"^\|? ?{re.escape(heading)}.*\n\| ?-.*\n((?:\|.*\n)+)", path.read_text(), flags=re.M)
@@ -296,7 +301,7 @@ def test_the_default_task_is_the_one_that_the_rule_chose():
 
 
 def test_what_is_said_of_the_base_models():
-    text = " ".join(prose(Path("docs/task.md")).split())
+    text = flowing(Path("docs/task.md"))
     default, ((args, cells, passes, _),) = train.parse_args([]), piloted("short")
     assert table(Path("docs/task.md"), "`--base-steps`") == [[str(args.base_steps), *cells]] and not passes
     gains = sorted(round(float(end) - float(start), 2) for start, end in re.findall(r"(\S+) → ([\d.]+)", cells[1]))
@@ -364,7 +369,7 @@ def test_what_is_said_of_the_main_runs():
     below = [statistics.mean(some["logratio_correct_below_0"]) for some in (off_rl, fpa)]
     assert below[0] == pytest.approx(0.7, abs=0.05) and below[1] == pytest.approx(0.2, abs=0.05)
     margins = [np.mean(np.subtract(some["logratio_correct"], some["logratio_incorrect"])) for some in (fpa, off_rl)]
-    page = " ".join(prose(Path("docs/findings.md")).split())
+    page = flowing(Path("docs/findings.md"))
     assert "{:.0f} nats against {:.0f} at default settings".format(*margins) in page
     tails = [statistics.mean(some["logratio_correct_p5"]) for some in (fpa, incorrect)]
     assert 0.4 < tails[1] / tails[0] < 0.6 and statistics.mean(sft["test_pass@16"]) > 0.99
@@ -372,7 +377,7 @@ def test_what_is_said_of_the_main_runs():
 
 def test_the_readmes_numbers_are_those_of_the_results():
     """`N ± M above` or `below`, or `times`, up to the claim's name in brackets: one of that claim's numbers, with that sign."""
-    text = " ".join(prose(README).split())
+    text = flowing(README)
     numbers = re.findall(rf"{ROUNDED} (?:nats )?(above|below|times)\b[^±()]*\((C\d+|R\d\w?)\)", text)
     assert len(numbers) == text.count("±") > 5
     for mean, half, word, name in numbers:
@@ -445,7 +450,7 @@ def pushes():
 
 
 def test_what_is_said_of_the_drag_on_habit():
-    page, text = (" ".join(prose(path).split()) for path in (Path("docs/findings.md"), README))
+    page, text = (flowing(path) for path in (Path("docs/findings.md"), README))
     for phrase, values in pushes().items():
         assert phrase.format("{:.3f} ± {:.3f}".format(*results.mean_and_interval(values))) in page
     own, others, *_ = (round(100 * np.mean(values)) for values in pushes().values())
@@ -481,7 +486,7 @@ FALLEN = "logratio_correct_p5", "logratio_correct_p50", "logratio_correct_below_
 
 
 def test_what_is_said_of_the_learning_rates_on_habit():
-    page = " ".join(prose(Path("docs/findings.md")).split())
+    page = flowing(Path("docs/findings.md"))
     runs = {lr: studied()[0]["rates", f"{lr:g}"] for lr in experiments.RATES}
     assert {len(some) for some in runs.values()} == {8} and "on eight fresh seeds (N2)" in page
 
@@ -507,7 +512,7 @@ def test_what_is_said_of_the_learning_rates_on_habit():
     assert f"is {median} with the median log-ratio, and {below} with the share" in page
     shares = [np.mean([run.log[FALLEN[2]][-1] for run in runs[lr]]) for lr in (experiments.RATES[0], experiments.RATES[-1])]
     assert "from {:.2f} at the smallest rate to {:.2f} at the largest".format(*shares) in page
-    text = " ".join(prose(README).split())
+    text = flowing(README)
     assert f"Their rank correlation is {tail.split()[0]}. With the median it is {median.split()[0]}, which no claim" in text
     assert rule.verdicts(studied()[1])["N2"] == "contradicted"
 
@@ -532,7 +537,7 @@ def test_the_tables_of_cases_at_their_own_rates_are_those_of_results_md(heading,
 
 
 def test_what_is_said_of_the_coefficients_scale():
-    page, (adamw, sgd) = " ".join(prose(Path("docs/method.md")).split()), studied()[1]["N5"].measured
+    page, (adamw, sgd) = flowing(Path("docs/method.md")), studied()[1]["N5"].measured
     said = ["{:.3f} ± {:.3f}".format(*results.mean_and_interval(number.values)) for number in (adamw, sgd)]
     assert f"the final accuracy by {said[0]}. Under plain" in page and f"it changes the accuracy by {said[1]}. The" in page
     assert max(map(verdicts.metric, studied()[0]["scale", "SGD, mean 1"])) == 0 and len(sgd.values) == 8
@@ -560,7 +565,7 @@ def lams():
 
 
 def test_what_is_said_of_lam_and_of_targets_on_habit():
-    page = " ".join(prose(Path("docs/findings.md")).split())
+    page = flowing(Path("docs/findings.md"))
     grid, targeted = ([run for run in held().values() if f"{name}-grid" in run.experiments] for name in ("lambda", "targets"))
     correct, incorrect = (results.where(targeted, target=target) for target in ("correct", "incorrect"))
     own = [run for run in grid if run.get("lam") > 0]
@@ -591,7 +596,7 @@ def test_what_is_said_of_lam_and_of_targets_on_habit():
 
 
 def test_what_is_said_of_the_searches():
-    page, text = " ".join(prose(Path("docs/findings.md")).split()), Path("results/results.md").read_text()
+    page, text = flowing(Path("docs/findings.md")), Path("results/results.md").read_text()
 
     def score(name):
         found = tune.search(name, tune.scores(name, held()))
@@ -638,7 +643,7 @@ def test_what_is_said_of_the_searches():
 
 
 def test_what_is_said_of_the_searches_that_go_on():
-    page = " ".join(prose(Path("docs/findings.md")).split())
+    page = flowing(Path("docs/findings.md"))
     of_seed = {name: tune.scores(name, held()) for name in ("dpo", "simper", "off_rl")}
     dpo, simper = (tune.search(name, of_seed[name]) for name in ("dpo", "simper"))
     assert dpo.chosen is None and simper.chosen is None and len(dpo.asked) > 1
@@ -665,7 +670,7 @@ def test_what_is_said_of_the_ratio_of_the_weights():
     }
     said = "{} of {} runs of FPA end above their start, and {} of {} runs of Off-RL."
     numbers = [number for some in rises.values() for number in (sum(some), len(some))]
-    assert said.format(*numbers) in " ".join(prose(Path("docs/findings.md")).split())
+    assert said.format(*numbers) in flowing(Path("docs/findings.md"))
     for low, high in ((0, 0.1), (0.1, 0.5), (0.5, 1), (1, np.inf)):
         some = [run.log["test_accuracy_0.7"] for run in chosen if low <= figures.ratio_of_coefficients(run) < high]
         counts.append([str(len(some)), str(sum(accuracy[-1] > accuracy[0] for accuracy in some))])
@@ -675,7 +680,7 @@ def test_what_is_said_of_the_ratio_of_the_weights():
 
 
 def test_what_is_said_of_the_forecast_on_habit():
-    page = " ".join(prose(Path("docs/findings.md")).split())
+    page = flowing(Path("docs/findings.md"))
     numbers = [str(number).split(": ")[1].split(" (claim")[0] for number in studied()[1]["C10"].measured]
     phrases = ("λ of 1 and 2, is {}", "80 to 320 the ratio is {}", "the default, the ratio is {}", "80 to 320 the ratio is {}")
     for number, phrase in zip(numbers, phrases):
