@@ -521,10 +521,10 @@ it over the time without. "Sampling" is an evaluation's.""",
 once. Several runs go side by side in processes of one thread. One run, and runs one by one, have all threads.""",
     "Full scale": """Memory is that of the log-probabilities under the present and the future policy, forward and backward, in
 float32 at a vocabulary of 151,936. It is the peak of a process beyond hidden states, heads and their gradients. Plain holds all
-positions' logits, and `full_scale/chunked.py` those of 256. Few-shot is an FPA step in float32 on 16 rows of SmolLM2-135M's
-shape, with random weights. All rows share 386 tokens. Each row has 14 more of its problem and 26 of its answer. A large product
-is 2,048³. On a GPU there are also 20 FPA steps of `full_scale/train.py` in bf16, on random checkpoints of real shapes, with 512
-tokens a row. A large product is 8,192³ there.""",
+positions' logits, and `full_scale/chunked.py` those of 256. Few-shot is an FPA step in float32, without sharding and
+gradient clipping, on 16 rows of SmolLM2-135M's shape, with random weights. All rows share 386 tokens. Each row has 14 more of
+its problem and 26 of its answer. A large product is 2,048³. On a GPU there are also 20 FPA steps of `full_scale/train.py` in
+bf16, on random checkpoints of real shapes, with 512 tokens a row. A large product is 8,192³ there.""",
 }
 
 

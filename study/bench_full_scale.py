@@ -90,13 +90,15 @@ def few_shot(config=SMOLLM2, rows=16, prompts=4):
     A token takes 6 operations a parameter of the layers, one of the completion 8 for the head, the reference's included.
     """
     model, optimizer = make(config)
-    step = few_shot_step(model, optimizer, rows)
-    with mock.patch.object(policy, "shared_prefix", lambda tokens, most: 0):
-        whole = in_turn(1, whole=step)["whole"]
-    square = torch.randn(2048, 2048)
-    seconds = in_turn(3, once=step, squares=lambda: [square @ square for _ in range(8)])
-    value, words = ratio(whole, seconds["once"])
-    rates = [rows * COMPLETION / np.median(some) for some in (seconds["once"], whole)]
+    step, square = few_shot_step(model, optimizer, rows), torch.randn(2048, 2048)
+
+    def whole():
+        with mock.patch.object(policy, "shared_prefix", lambda tokens, most: 0):
+            step()
+
+    seconds = in_turn(3, whole=whole, once=step, squares=lambda: [square @ square for _ in range(8)])
+    value, words = ratio(seconds["whole"], seconds["once"])
+    rates = [rows * COMPLETION / np.median(seconds[name]) for name in ("once", "whole")]
     words += f": {rates[0]:.0f} / {rates[1]:.0f} completion tokens/s"
     found = [("few-shot step, each row whole / what rows share once", words, *goal(value, "≥", 4))]
     layers = sum(p.numel() for p in model.layers.parameters())
@@ -104,7 +106,7 @@ def few_shot(config=SMOLLM2, rows=16, prompts=4):
     value, words = ratio(flops / seconds["once"], 8 * 2 * 2048**3 / seconds["squares"])
     found.append(("its rate / a large product's", words, *goal(value, "≥", 0.6)))
     try:
-        sampling = against_generate(model, few_shot_tokens(config, prompts, PROMPT), COMPLETION, 8, 1, prompts)
+        sampling = against_generate(model, few_shot_tokens(config, prompts, PROMPT), COMPLETION, 8, 3, prompts)
     except ImportError:
         return found
     return [*found, against_best(f"8 samples of {prompts} few-shot prompts, transformers / ours", sampling, 1.5)]

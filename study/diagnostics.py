@@ -68,31 +68,33 @@ def parting(rollouts, pairs):
     return (correct != incorrect).int().argmax(-1) - 1  # position 0 holds the last token of the prompt
 
 
-def entanglement(model, rollouts, pairs, run, add_logps):
-    """Means over pairs (P, 2) of row numbers, a correct and an incorrect one, of their gradients of logp_sum.
+def entangled(pairs):
+    """{column: values (P,)} of pairs (correct, incorrect) of the flat gradients of two answers' logp_sum.
 
     a = |grad logp_w|^2, b = |grad logp_l|^2, g their inner product, cosine = g / sqrt(a b), and the share of pairs with g > a,
     whose correct answer loses probability in a small step that weights both alike (Yuan et al., arXiv 2410.13828).
+    """
+    a, b, g = torch.stack([torch.stack([w @ w, x @ x, w @ x]) for w, x in pairs]).T
+    return {"a": a, "b": b, "g": g, "cosine": g / (a * b).sqrt(), "share_g_above_a": (g > a).float()}
 
-    net = C_w a - C_l g decides for the run's loss, which weights them by its own C. It is the slope of logp_w, in nats per unit
+
+def entanglement(model, rollouts, pairs, run, add_logps):
+    """Means of `entangled` over pairs (P, 2) of row numbers, a correct and an incorrect one, and of net = C_w a - C_l g.
+
+    net decides for the run's loss, which weights the two answers by its own C. It is the slope of logp_w, in nats per unit
     of learning rate, along -grad of the pair's summed loss, -C_w logp_w + C_l logp_l. Below 0 a small step on the pair lowers
     its correct answer.
     """
-    products = []
-    for pair in pairs:
-        gradients = []
-        for row in pair.split(1):
-            b = rollouts[row]
-            logp_sum = token_logps(model(b.inputs, b.start), b.tokens, b.mask).sum()
-            gradients.append(gradient(logp_sum, model))
-        correct, incorrect = gradients
-        products.append(torch.stack([correct @ correct, incorrect @ incorrect, correct @ incorrect]))
-    a, b, g = torch.stack(products).T  # (P,) each
+
+    def gradient_of(row):
+        b = rollouts[row]
+        return gradient(token_logps(model(b.inputs, b.start), b.tokens, b.mask).sum(), model)
+
+    values = entangled([gradient_of(row) for row in pair.split(1)] for pair in pairs)
     weight_w, weight_l = coefficients(model, rollouts, pairs, run, add_logps).T
-    net = weight_w * a - weight_l * g
-    means = {"a": a, "b": b, "g": g, "cosine": g / (a * b).sqrt(), "share_g_above_a": (g > a).float()}
-    means |= {"net": net, "share_net_below_0": (net < 0).float().masked_fill(net.isnan(), torch.nan)}
-    return {name: value.mean().item() for name, value in means.items()}
+    net = weight_w * values["a"] - weight_l * values["g"]
+    values |= {"net": net, "share_net_below_0": (net < 0).float().masked_fill(net.isnan(), torch.nan)}
+    return {name: value.mean().item() for name, value in values.items()}
 
 
 @torch.no_grad()

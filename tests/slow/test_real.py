@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -14,15 +15,18 @@ import pytest
 import torch
 from conftest import ROOT
 from scipy import stats
-from test_docs import table
+from test_docs import flowing, table
 from test_full_scale import write
+from test_full_scale_gym import here
 from test_full_scale_training import taught  # noqa: F401 (a fixture)
 from test_model import make
 
+from losses import token_logps
 from plumbing.files import UserError
 from plumbing.keeper import warmup_cosine
-from study import forecast, page, real, rule, verdicts
+from study import forecast, page, real, rule, tune, verdicts
 from study.results import Run, read_folder
+from study.tables import held
 
 
 @pytest.fixture
@@ -107,7 +111,7 @@ def test_a_forecast_is_measured_against_the_later_policy(small):
     text = (folder / "results.md").read_text()
     stated = re.search(r"\| `forecast` \| 0.001 \| 10 \| 2 \| (\S+), .* \| (\S+), ", text).groups()
     assert [float(x) for x in stated] == pytest.approx(np.exp(np.log(ratios).mean(0)), rel=0.01)
-    assert text.count("| `forecast` |") == 1 and "| `slow_forecast` | 0.002 | 10 | 0 | not run |" in text
+    assert text.count("| `forecast` |") == 2 and "| `slow_forecast` | 0.002 | 10 | 0 | not run |" in text
 
 
 def test_a_forecast_without_problems_is_one_line(tmp_path):
@@ -130,7 +134,13 @@ def test_single_tokens_are_on_the_page(small):
     correct, incorrect = ("".join(some) for some in pair["tokens"])
     assert correct != incorrect and pair["tokens"][0][: pair["first"]] == pair["tokens"][1][: pair["first"]]
     assert set(pair["ratios"][0][0][0]) == {","} and set(pair["ratios"][0][0][-1]) > {","}  # at first all are 0
-    run = real.study(folder)["tokens"][0]
+    runs = real.study(folder)["tokens"]
+    run = runs[0]
+    cosines = [some.tables["entanglement"]["cosine"] for some in runs.values()]
+    assert [len(some) for some in cosines] == [3, 3] and (np.abs(cosines) < 1).all()
+    start, whole = (np.mean([pick(some) for some in cosines]) for pick in (lambda cosine: cosine[0], np.mean))
+    row = re.search(r"cosine of the two gradients \| 2 \| (\S+) ± \S+ \| (\S+) ± ", (folder / "results.md").read_text())
+    assert [*map(float, row.groups())] == pytest.approx([start, whole], rel=0.01) and start != whole
     off_rl = {**run.log, "accuracy": np.array([0.1, 0.2, 0.3, 0.4, 0.55])}
     assert page.accuracies(run, [run]) == ([], [])
     assert page.accuracies(run, [run, run._replace(log=off_rl)])[1][-1] == 0.55
@@ -193,7 +203,7 @@ def test_the_texts_state_its_numbers():
     section = page.split("## Does the method hold on a published model?")[1].split("\n## ")[0]
     bullet = readme.split("- [A published model]")[1].split("\n- ")[0]
     numbers, prose = re.findall(r"-?\d+\.\d+ ± \d+\.\d+", section), " ".join(section.split())
-    assert len(numbers) == 43 and all(number in text for number in numbers), numbers
+    assert len(numbers) == 63 and all(number in text for number in numbers), numbers
     for claim, verdict in re.findall(r"(R\d[ab]?) is\s+(?:\w+\s+)?(undecided|supported|contradicted)", section):
         assert re.search(rf"^\| {claim}: .*\*\*{verdict}\*\*", text, flags=re.M), claim
     assert "5.92, 3.29 to 10.7 (claim: < 1)" in text and "is 5.92, and the interval goes from 3.29 to 10.7." in prose
@@ -201,8 +211,6 @@ def test_the_texts_state_its_numbers():
     assert re.search(r"R1b: .* \| 0\.15 \| \*\*undecided", text) and "claims, p is 0.15, so" in prose
     cases = real.study(Path("results/smollm2"))
     logs = {name: [run.log for run in cases[name].values()] for name in cases}
-    rates = [name for name in cases if name.endswith("e-06") or name.endswith("e-05")]
-    assert len(rates) == 6 and (not any(logs[name] for name in rates)) == ("at 5e-6 and 5e-5 are prepared and not run" in prose)
     accuracies, ratio, sums = [], {}, text.split("## Sums and differences")[0]
     shown = table(Path("docs/findings.md"), "| seeds | T = 0.7")
     for (name, label), (said, seeds, *cells) in zip(LABELS.items(), shown, strict=True):
@@ -218,8 +226,6 @@ def test_the_texts_state_its_numbers():
     assert f"Over the eight losses the rank correlation of the two is {rank:.2f}." in prose and len(ratio) == 8
     swapped = [label for label, other in zip(ratio, sorted(ratio, key=ratio.get, reverse=True)) if label != other]
     assert swapped == ["SFT", "TOPR"] and "Of all eight, SFT and TOPR alone have changed places." in prose
-    forecasts = [[cell.split()[0].strip(",") for cell in row.split(" | ")[4:]] for row in text.splitlines()[-3:]]
-    (near, far, straight), (slow_near, slow_far, slow_straight), (long_near, long_far, long_straight) = forecasts
     assert {round(96 * log["accuracy_0.7"][-1]) for log in logs["fpa"]} == {62} and "62 of 96 answers" in prose
 
     def mean(name, value):
@@ -230,15 +236,85 @@ def test_the_texts_state_its_numbers():
     first, last = (mean("fpa", lambda log: log["coefficient_correct"][i]) for i in (1, 2))
     other = mean("off_rl", lambda log: log["coefficient_correct"][2])
     assert f"{first:.2f} over the first 20 steps and {last:.2f} over the last 20. Off-RL's is {other:.2f} over" in prose
-    assert f"policy of step 20 is {near} times" in prose and f"step 30 it is {far} times" in prose
-    assert f"the two numbers are {slow_near} and {slow_far}. " in prose
+
+
+def test_what_is_said_of_three_learning_rates():
+    text, cases = (ROOT / "results" / "smollm2" / "results.md").read_text(), real.study(Path("results/smollm2"))
+    prose = flowing(Path("docs/findings.md"))
+    for label, *said in table(Path("docs/findings.md"), "| 5e-6 |"):
+        (name,) = (name for name, shown in LABELS.items() if shown == label)
+        rows = (re.search(rf"^\| `{name[1:-1]}{end}` \| 3 \| (\S+ ± \S+) ", text, flags=re.M) for end in real.RATES.values())
+        assert said == [row[1] for row in rows]
+    at = {name: [run.log for run in some.values()] for name, some in cases.items()}
+    for end in real.RATES.values():
+        behind = real.paired(cases["fpa" + end], cases["topr" + end], real.metric)
+        assert len(behind) == 3 and (behind < 0).all()
+    assert all(log["accuracy_0.7"][-1] < log["accuracy_0.7"][0] for log in at["fpa_5e-05"])
+    median = {name: [log["logratio_correct_p50"][-1] < 0 for log in at[f"{name}_5e-05"]] for name in real.THREE}
+    assert median == {"fpa": [True] * 3, "off_rl": [False] * 3, "topr": [False] * 3}
+    weights = {name: np.mean([log["coefficient_correct"][1:] for log in at[f"{name}_5e-05"]], axis=0) for name in real.THREE}
+    first, last = weights["fpa"]
+    assert f"correct rollouts is {first:.2f} over the first 20 steps there and {last:.2f} over the last 20. " in prose
+    first, last = weights["off_rl"]
+    assert f"Off-RL's is {first:.2f} and {last:.2f}, and TOPR's is always 1." in prose and (weights["topr"] == 1).all()
+    scores = [tune.search(name, tune.scores(name, held(Path("results"))[0])).score for name in ("fpa", "topr", "sft")]
+    assert "FPA scores {:.3f}, TOPR {:.3f} and SFT {:.3f}. ".format(*scores) in prose
+
+
+def test_what_is_said_of_its_forecasts():
+    text, cases = (ROOT / "results" / "smollm2" / "results.md").read_text(), real.study(Path("results/smollm2"))
+    prose, bullet = (flowing(Path(name)) for name in ("docs/findings.md", "README.md"))
+    rows = re.findall(r"^\| `(\w*forecast)` \| \S+ \| (\d+) \| (\d) \| (.*) \|$", text, flags=re.M)
+    found = {(name, int(t)): [cell.split(",")[0].split(" ±")[0] for cell in cells.split(" | ")] for name, t, _, cells in rows}
+    near, _, far, _, straight = found["forecast", 10]
+    assert f"policy of step 20 is {near} times that of the policy of step 10." in prose
+    assert f"step 30 it is {far} times" in prose and float(near) > 1 < float(far)
+    slow_near, _, slow_far, _, slow_straight = found["slow_forecast", 10]
+    assert f"at step 10: the two numbers are {slow_near} and {slow_far}. " in prose and float(slow_near) < 1 > float(slow_far)
     assert f"up to step 30 is {slow_straight} at 1e-6, and {straight} at 2e-5." in prose
-    assert f"The two numbers are {long_near} and {long_far}, for the" in prose and len(logs["slow_long_forecast"]) == 1
-    assert float(slow_near) < 1 > float(slow_far) and float(long_near) > 1 < float(long_far)
-    assert "At a learning rate of 1e-6 it was one at step 10. At step 100, on one seed, it was none." in bullet
-    moved = np.cumsum([0, *(warmup_cosine(step, 10, 300) for step in range(300))])  # on a straight line
-    on_line = [((moved[later] - later / 100 * moved[100]) / (moved[later] - moved[100])) ** 2 for later in (200, 300)]
-    assert f"would have {on_line[0]:.2f} and {on_line[1]:.1f}. R² up to step 300 is {long_straight}." in prose
+    later, line = found["slow_forecast", 20][:2]
+    assert f"the number for λ = 1 is {later}, " in prose and f"would have {line} there." in prose and float(later) < float(line)
+    near, near_line, far, far_line, _ = found["slow_long_forecast", 50]
+    assert f"The two numbers are {near} and {far}, and a straight line would have {near_line} and {far_line}. " in prose
+    assert min(float(near), float(far)) > 1 > max(float(near_line), float(far_line))
+    near, near_line, far, far_line, _ = found["slow_long_forecast", 100]
+    assert f"At step 100 they are {near} and {far}, and a line would have {near_line} and {far_line}. " in prose
+    assert len(cases["slow_long_forecast"]) == 1 and "on the one seed that was run" in prose
+    assert "1e-6 it was one at step 10, and none at step 100. At 5e-5 FPA's accuracy ends below its start." in bullet
+
+
+def test_a_policy_on_a_straight_line_is_forecast_where_its_rate_stays():
+    """π̂ of a constant rate is the later policy itself; where the rate has fallen to nothing, π̂ is λ times too far."""
+    flat = {"steps": 10**6}  # whose cosine is all but 1 at first
+    assert real.on_a_line(flat, 1000, 3000) < 1e-3  # the warm-up's 10 steps are all that bends it
+    moved = [0, *np.cumsum([warmup_cosine(step, real.WARMUP, 40) for step in range(40)])]
+    assert real.on_a_line({"steps": 40}, 20, 40) == pytest.approx(((2 * moved[20] - moved[40]) / (moved[40] - moved[20])) ** 2)
+
+
+def test_what_is_said_of_the_runs():
+    """Passes over the rollouts, the second task's share of right rollouts, and the time on one core."""
+    findings, protocol = (flowing(Path("docs") / name) for name in ("findings.md", "protocol.md"))
+    runs = {task: held(real.tables_of("results/smollm2", task))[0].values() for task in real.PROBLEMS}
+    passes = {run.config["steps"] * run.config["batch_size"] / run.config["rows"] for run in runs["sums"]}
+    assert {0.83, 2.5} <= {round(share, 2) for share in passes}
+    assert "This is 0.83 of a pass over the rollouts." in findings and "120 steps, or 2.5 passes." in findings
+    (long,) = {run.config["steps"] * run.config["batch_size"] / (run.config["prompts"] * run.config["rollouts"])
+               for run in read_folder(Path("results/slips")) if run.config["steps"] == 4000}  # fmt: skip
+    assert f"C6's 4,000 steps on the toy are {long:.0f} passes." in findings
+    (share,) = {round(run.config["measured"]["share_correct"], 2) for run in runs["differences"]}
+    assert f"the model is right in {share} of its rollouts there" in protocol
+    minutes = [run.log["seconds"][-1] / 60 for some in runs.values() for run in some if run.config["steps"] == real.SHORT]
+    assert f"A run of 40 steps trains for {min(minutes):.0f} to {max(minutes):.0f} minutes on one core" in protocol
+
+
+@here
+def test_how_many_held_out_problems_are_a_training_sum_in_another_order(tmp_path):
+    files = tmp_path / "problems.jsonl", tmp_path / "held_out.jsonl"
+    real.call("full_scale.gym", *shlex.split(real.PROBLEMS["sums"]), "--to", *files)
+    train, held_out = ([sorted(re.findall(r"\d+", line["problem"])) for line in map(json.loads, open(file))] for file in files)
+    assert (len(train), len(held_out)) == (96, 48) and sum(numbers in train for numbers in held_out) == 16
+    for name in ("findings.md", "protocol.md"):
+        assert "Of the 48, 16 are a training sum in another order." in flowing(Path("docs") / name)
 
 
 @pytest.mark.parametrize("prefix", [0, 40])
@@ -256,7 +332,7 @@ def test_snapshots_are_the_logits_of_the_completions(prefix, monkeypatch, tmp_pa
     later.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()})
     snapshots = forecast.Snapshots.__new__(forecast.Snapshots)
     snapshots.data, snapshots.kept, snapshots.first, snapshots.out = data, {}, None, tmp_path
-    snapshots.tables, snapshots.decode = {"extrapolation": [], "tokens": []}, str
+    snapshots.tables, snapshots.decode = {"extrapolation": [], "tokens": [], "entanglement": []}, str
     for step, policy in ((0, model), (1, model), (2, later)):
         snapshots(step, policy, SimpleNamespace(seed=0), "cpu")
     p, q = ([policy(ids[None])[0, n - 1 : -1].log_softmax(-1) for ids, n in zip(tokens, prompts)] for policy in (later, model))
@@ -268,3 +344,15 @@ def test_snapshots_are_the_logits_of_the_completions(prefix, monkeypatch, tmp_pa
     of_first = [row for row in rows if row["step"] == 2 and row["tokens"] == json.dumps([f"[{i}]" for i in tokens[0][-3:]])]
     ratios = (p[0] - q[0])[torch.arange(3), tokens[0][-3:]].tolist()
     assert of_first and [float(x) for x in of_first[0]["logratios"].split()] == pytest.approx(ratios, abs=1e-3)
+    gradients = []  # of the four rollouts, under the first policy; two pairs, each of them several times
+    for ids, n in zip(tokens, prompts):
+        model.zero_grad()
+        token_logps(model(ids[None]), ids[None], torch.arange(len(ids))[None] >= n).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
+    cosines = [torch.cosine_similarity(*gradients[i : i + 2], dim=0).item() for i in (0, 2)]
+    first, _, last = snapshots.tables["entanglement"]
+    share = (first["cosine"] - cosines[1]) / (cosines[0] - cosines[1])  # of the pairs that are the first one
+    count = share * forecast.GRADIENTS
+    assert count == pytest.approx(round(count), abs=1e-2) and 0 <= round(count) <= forecast.GRADIENTS
+    norms = [(gradient @ gradient).item() for gradient in gradients]
+    assert first["a"] == pytest.approx(share * norms[0] + (1 - share) * norms[2], rel=1e-3) and last["a"] != first["a"]
