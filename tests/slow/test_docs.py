@@ -623,7 +623,7 @@ def test_what_is_said_of_the_searches():
     chosen, mean = score("fpa")
     said = f"FPA scores {mean:.3f} at its best setting, λ = {chosen['lam']:g} on incorrect rows only, at {chosen['lr']:g}."
     assert chosen["target"] == "incorrect" and chosen["lr"] < min(experiments.RATES) and said in page
-    searched = ("power", "sharpened", "topr", "sft", "constant", "future_topr", "nsr", "grpo", "kto", "asymre", "a_star_po")
+    searched = ("power", "sharpened", "topr", "sft", "constant", "future_topr", "nsr", "grpo", "kto", "asymre", "a_star_po", "dpo")
     found = {name: score(name) for name in searched}
     assert min(found[name][1] for name in ("sharpened", "power", "kto")) > mean and "and KTO above FPA, on the" in page
     scored = {name: f"{mean:.3f}" for name, (_, mean) in found.items()}
@@ -642,15 +642,18 @@ def test_what_is_said_of_the_searches():
     assert "PO scores {a_star_po} at β = {:g}. On".format(found["a_star_po"][0]["beta"], **scored) in page
 
 
-def test_what_is_said_of_the_searches_that_go_on():
-    page = flowing(Path("docs/findings.md"))
-    of_seed = {name: tune.scores(name, held()) for name in ("dpo", "simper", "off_rl")}
-    dpo, simper = (tune.search(name, of_seed[name]) for name in ("dpo", "simper"))
-    assert dpo.chosen is None and simper.chosen is None and len(dpo.asked) > 1
-    finalists = {drawn["lr"]: np.mean([of_seed["dpo"](drawn, seed) or 0 for seed in tune.SEEDS]) for drawn in dpo.asked[0]}
+    dpo, of_seed = found["dpo"][0], tune.scores("dpo", held())
+    rounds = tune.search("dpo", of_seed).asked
+    finalists = {drawn["lr"]: np.mean([of_seed(drawn, seed) or 0 for seed in tune.SEEDS]) for drawn in rounds[0]}
     best = max(finalists, key=finalists.get)
-    assert f"DPO scores {finalists[best]:.3f} after its first round. It chose a learning rate of {best:g}, exactly" in page
-    assert best == 2 * tune.LR[0]
+    said = f"at {dpo['lr']:g} and β = {dpo['beta']:g}. Its first round had chosen {best:g} and scored {finalists[best]:.3f}. "
+    assert f"DPO scores {scored['dpo']} {said}" in page and len(rounds) == 2 and best == 2 * tune.LR[0]
+
+
+def test_what_is_said_of_the_search_that_goes_on():
+    page = flowing(Path("docs/findings.md"))
+    of_seed = {name: tune.scores(name, held()) for name in ("simper", "off_rl")}
+    assert tune.search("simper", of_seed["simper"]).chosen is None
     at_rate = [
         of_seed[name]({"lr": lr, "schedule": "constant"}, seed)
         for name, lr in (("simper", 2.1e-4), ("off_rl", 1.9e-4))
