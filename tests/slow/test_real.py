@@ -261,6 +261,13 @@ def test_what_is_said_of_three_learning_rates():
     assert "FPA scores {:.3f}, TOPR {:.3f} and SFT {:.3f}. ".format(*scores) in prose
 
 
+def test_what_is_said_of_the_gradients():
+    cosines = [run.tables["entanglement"]["cosine"] for run in real.study(Path("results/smollm2"))["tokens"].values()]
+    said = "Their mean cosine is {:.2f} and {:.2f} before training, and {:.2f} and {:.2f} after it."
+    assert said.format(*(some[at] for at in (0, -1) for some in cosines)) in flowing(Path("docs/findings.md"))
+    assert len(cosines) == 2 and all(some[0] < 0 < some[-1] for some in cosines)
+
+
 def test_what_is_said_of_its_forecasts():
     text, cases = (ROOT / "results" / "smollm2" / "results.md").read_text(), real.study(Path("results/smollm2"))
     prose, bullet = (flowing(Path(name)) for name in ("docs/findings.md", "README.md"))
