@@ -9,6 +9,7 @@ ask for sums and differences. A seed draws the rollouts and the order of the row
 interrupted command goes on where it stopped.
 """
 
+import itertools
 import shlex
 import subprocess
 import sys
@@ -168,13 +169,17 @@ def claims(cases):
 # --- results.md
 
 
+def cell(values, **kind):
+    """A number without words: its mean over seeds and interval."""
+    return str(Measured("", np.array(values), **kind)).removeprefix(": ")
+
+
 def rates_table(cases):
     """FPA's accuracy less those of TOPR and Off-RL, at each learning rate that all three ran at."""
     rows = []
     for lr, end in RATES.items():
         fpa, *others = (cases.get(name + end, {}) for name in ("fpa", "topr", "off_rl"))
-        numbers = (str(Measured("", paired(fpa, other, metric))).removeprefix(": ") for other in others)
-        rows.append([f"{lr:g}", len(fpa), *numbers])
+        rows.append([f"{lr:g}", len(fpa), *(cell(paired(fpa, other, metric)) for other in others)])
     return table(["learning rate", "seeds", "FPA − TOPR", "FPA − Off-RL"], rows)
 
 
@@ -190,10 +195,11 @@ def forecasts_table(cases):
     for name, t in ((name, t) for name, some in FORECASTS.items() for t in some):
         runs, laters = cases.get(name, {}).values(), [k * t for k in (2, 3) if k * t <= CASES[name]["steps"]]
         apart = np.array([np.divide(*forecasts(run, lambda step: step == t)) for run in runs]).T
-        cells = [str(Measured("", values, ratio=True)).removeprefix(": ") for values in apart] or ["not run"] * len(laters)
-        found = [cell for pair in zip(cells, (f"{on_a_line(CASES[name], t, later):#.2g}" for later in laters)) for cell in pair]
-        drift = str(Measured("", np.array([*map(straight(laters[-1]), runs)]))).removeprefix(": ")
-        rows.append([f"`{name}`", f"{CASES[name]['lr']:g}", t, len(runs), *found, *[""] * (4 - len(found)), drift])
+        measured = [cell(values, ratio=True) for values in apart] or ["not run"] * len(laters)
+        on_line = [f"{on_a_line(CASES[name], t, later):#.2g}" for later in laters]
+        found = [*itertools.chain(*zip(measured, on_line)), "", ""][:4]
+        drift = cell([*map(straight(laters[-1]), runs)])
+        rows.append([f"`{name}`", f"{CASES[name]['lr']:g}", t, len(runs), *found, drift])
     names = ["λ = 1, step 2t", "on a straight line", "λ = 2, step 3t", "on a straight line", "R² of linear drift"]
     return table(["case", "learning rate", "t", "seeds", *names], rows)
 
@@ -203,8 +209,8 @@ def entangled_table(runs):
     tables = [run.tables["entanglement"] for run in with_table(runs.values(), "entanglement")]
     names, rows = {"cosine of the two gradients": "cosine", "share of pairs with g > a": "share_g_above_a"}, []
     for text, column in names.items():
-        numbers = (Measured("", np.array([pick(some[column]) for some in tables])) for pick in (lambda x: x[0], np.mean))
-        rows.append([text, len(tables), *(str(number).removeprefix(": ") for number in numbers)])
+        numbers = (cell([pick(some[column]) for some in tables]) for pick in (lambda x: x[0], np.mean))
+        rows.append([text, len(tables), *numbers])
     return table(["measured", "seeds", "before training", "mean over Off-RL's run"], rows)
 
 

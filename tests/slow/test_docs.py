@@ -623,8 +623,8 @@ def test_what_is_said_of_the_searches():
     chosen, mean = score("fpa")
     said = f"FPA scores {mean:.3f} at its best setting, λ = {chosen['lam']:g} on incorrect rows only, at {chosen['lr']:g}."
     assert chosen["target"] == "incorrect" and chosen["lr"] < min(experiments.RATES) and said in page
-    searched = ("power", "sharpened", "topr", "sft", "constant", "future_topr", "nsr", "grpo", "kto", "asymre", "a_star_po", "dpo")
-    found = {name: score(name) for name in searched}
+    searched = "power sharpened topr sft constant future_topr nsr grpo kto asymre a_star_po dpo"
+    found = {name: score(name) for name in searched.split()}
     assert min(found[name][1] for name in ("sharpened", "power", "kto")) > mean and "and KTO above FPA, on the" in page
     scored = {name: f"{mean:.3f}" for name, (_, mean) in found.items()}
     assert "extrapolated logits, scores {power}. `sharpened`, which".format(**scored) in page
@@ -640,7 +640,6 @@ def test_what_is_said_of_the_searches():
     assert "samples its answers as it learns, scores {grpo}.".format(**scored) in page
     assert "AsymRE scores {asymre}. Its baseline is {:g} below the".format(found["asymre"][0]["shift"], **scored) in page
     assert "PO scores {a_star_po} at β = {:g}. On".format(found["a_star_po"][0]["beta"], **scored) in page
-
 
     dpo, of_seed = found["dpo"][0], tune.scores("dpo", held())
     rounds = tune.search("dpo", of_seed).asked

@@ -295,6 +295,7 @@ def test_a_policy_on_a_straight_line_is_forecast_where_its_rate_stays():
     flat = {"steps": 10**6}  # whose cosine is all but 1 at first
     assert real.on_a_line(flat, 1000, 3000) < 1e-3  # the warm-up's 10 steps are all that bends it
     moved = [0, *np.cumsum([warmup_cosine(step, real.WARMUP, 40) for step in range(40)])]
+    assert {run.config["warmup"] for run in read_folder(Path("results/smollm2"))} == {real.WARMUP}
     assert real.on_a_line({"steps": 40}, 20, 40) == pytest.approx(((2 * moved[20] - moved[40]) / (moved[40] - moved[20])) ** 2)
 
 
