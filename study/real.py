@@ -58,6 +58,9 @@ THREE = ("off_rl", "fpa", "topr")
 CASES |= {f"differences_{name}": CASES[name] for name in THREE}
 RATES = {5e-6: "_5e-06", 2e-5: "", 5e-5: "_5e-05"}  # {learning rate: the end of its cases' names}
 CASES |= {name + end: CASES[name] | {"lr": lr} for lr, end in RATES.items() for name in THREE}
+DIFFERENCES = [(f"fpa{end}", other + end) for end in RATES.values() for other in ("topr", "off_rl")]
+DIFFERENCES += [("fpa_incorrect", "fpa"), ("long_fpa", "long_off_rl")]
+DIFFERENCES += [("differences_fpa", f"differences_{other}") for other in ("topr", "off_rl")]
 FORECASTS = {"forecast": (10, 20), "slow_forecast": (10, 20), "slow_long_forecast": (50, 100)}  # {case: the steps of π̂}
 UNEXAMINED = [*FORECASTS, "tokens"]  # they have tables and no accuracies
 SHOWN = {
@@ -174,13 +177,15 @@ def cell(values, **kind):
     return str(Measured("", np.array(values), **kind)).removeprefix(": ")
 
 
-def rates_table(cases):
-    """FPA's accuracy less those of TOPR and Off-RL, at each learning rate that all three ran at."""
-    rows = []
-    for lr, end in RATES.items():
-        fpa, *others = (cases.get(name + end, {}) for name in ("fpa", "topr", "off_rl"))
-        rows.append([f"{lr:g}", len(fpa), *(cell(paired(fpa, other, metric)) for other in others)])
-    return table(["learning rate", "seeds", "FPA − TOPR", "FPA − Off-RL"], rows)
+def differences_table(cases):
+    """What two cases differ by at the end, mean over seeds and interval."""
+    values, rows = {"accuracy, T = 0.7": metric, "median of correct log-ratios [nats]": last("logratio_correct_p50"),
+                    "correct − incorrect log-ratio [nats]": margin}, []  # fmt: skip
+    for pair in DIFFERENCES:
+        ours, theirs = (cases.get(name, {}) for name in pair)
+        numbers = [cell(paired(ours, theirs, value)) for value in values.values()]
+        rows.append([" − ".join(f"`{name}`" for name in pair), len(ours.keys() & theirs.keys()), *numbers])
+    return table(["difference", "seeds", *values], rows)
 
 
 def on_a_line(case, t, later):
@@ -231,11 +236,9 @@ Written by `python -m study.real`. The rules are those of docs/protocol.md.
 {claims_table(claims(cases), COUNT)}
 The tables below have accuracies on held-out problems, and log-ratios of 32 correct and 32 incorrect rollouts.
 
-{"".join(tables)}## FPA at three learning rates
+{"".join(tables)}## Differences
 
-Accuracy at T = 0.7 on the sums, less that of another loss.
-
-{rates_table(cases)}
+{differences_table(cases)}
 ## Is π̂ a forecast?
 
 KL of π̂ at step t from the later policy, over that of the policy at step t. Below 1, π̂ is a forecast. The learning rate falls
