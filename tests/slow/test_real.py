@@ -203,7 +203,7 @@ def test_the_texts_state_its_numbers():
     section = page.split("## Does the method hold on a published model?")[1].split("\n## ")[0]
     bullet = readme.split("- [A published model]")[1].split("\n- ")[0]
     numbers, prose = re.findall(r"-?\d+\.\d+ ± \d+\.\d+", section), " ".join(section.split())
-    assert len(numbers) == 63 and all(number in text for number in numbers), numbers
+    assert len(numbers) == 65 and all(number in text for number in numbers), numbers
     for claim, verdict in re.findall(r"(R\d[ab]?) is\s+(?:\w+\s+)?(undecided|supported|contradicted)", section):
         assert re.search(rf"^\| {claim}: .*\*\*{verdict}\*\*", text, flags=re.M), claim
     assert "5.92, 3.29 to 10.7 (claim: < 1)" in text and "is 5.92, and the interval goes from 3.29 to 10.7. " in prose
@@ -317,26 +317,29 @@ def test_what_is_said_of_its_forecasts():
     text, cases = (ROOT / "results" / "smollm2" / "results.md").read_text(), real.study(Path("results/smollm2"))
     prose, bullet = (flowing(Path(name)) for name in ("docs/findings.md", "README.md"))
     rows = re.findall(r"^\| `(\w*forecast)` \| \S+ \| (\d+) \| (\d) \| (.*) \|$", text, flags=re.M)
-    found = {(name, int(t)): [cell.split(",")[0].split(" ±")[0] for cell in cells.split(" | ")] for name, t, _, cells in rows}
-    near, near_line, far, far_line, _ = found["forecast", 10]
+    found = {(name, int(t)): cells.split(" | ") for name, t, _, cells in rows}
+    mean = {key: [cell.split(",")[0] for cell in cells] for key, cells in found.items()}
+    near, near_line, far, far_line, _ = mean["forecast", 10]
     assert f"step 20 the number is {near}. With λ = 2 and step 30 it is {far}. " in prose and float(near) > 1 < float(far)
     assert f"A straight line would have {near_line} and {far_line}." in prose
-    near, _, far, _, straight = found["slow_forecast", 10]
+    near, _, far, _, straight = mean["slow_forecast", 10]
     assert f"is a forecast. The two numbers are {near} and {far}. " in prose and float(near) < 1 > float(far)
-    later, line = found["slow_forecast", 20][:2]
-    assert (
-        f"is none, with {later} for λ = 1. " in prose
-        and f"would have {line}, so the schedule can" in prose
-        and float(later) < float(line)
+    later, line = mean["slow_forecast", 20][:2]
+    assert f"is none, with {later} for λ = 1. There a straight line would have {line}, so" in prose and float(later) < float(
+        line
     )
-    assert f"It is {straight} up to step 30 of the 40 steps" in prose
-    assert f"and {found['slow_long_forecast', 50][-1]} up to step 150 of the 300." in prose
+    assert (
+        f"It is {straight} up to step 30 of the 40 steps at 1e-6, and {mean['slow_long_forecast', 50][-1]} up to step 150"
+        in prose
+    )
     near, near_line, far, far_line, _ = found["slow_long_forecast", 50]
-    assert f"The two numbers are {near} and {far}, and a straight line would have {near_line} and {far_line}. " in prose
-    assert min(float(near), float(far)) > 1 > max(float(near_line), float(far_line))
-    near, near_line, far, far_line, _ = found["slow_long_forecast", 100]
-    assert f"At step 100 they are {near} and {far}, and a line would have {near_line} and {far_line}. " in prose
-    assert len(cases["slow_long_forecast"]) == 1 and "on the one seed that was run" in prose
+    said = "The number is {}. For λ = 1 it is {}, so".format(*(cell.replace(", ", ", from ") for cell in (far, near)))
+    (low, high), lowest = (float(x) for x in near.split(", ")[1].split(" to ")), float(far.split(", ")[1].split(" to ")[0])
+    assert said in prose and low < 1 < high and lowest > 1
+    assert f"A straight line would have {far_line} and {near_line}. " in prose and float(far_line) < 1 > float(near_line)
+    near, near_line, far, far_line, _ = mean["slow_long_forecast", 100]
+    said = f"step 100 the two numbers are {near} and {far}, and a line would have {near_line} and {far_line}. "
+    assert said in prose and len(cases["slow_long_forecast"]) == 3
     assert "At 1e-6 it was one at step 10, and none at step 20. At 5e-5 FPA's accuracy ends below its start." in bullet
 
 
