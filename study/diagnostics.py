@@ -17,7 +17,7 @@ from losses import LOSSES, future_lam, future_logits, objective, token_logps
 from plumbing.batches import pair_order
 from plumbing.files import write_csv
 
-PAIRS = 32
+PAIRS, GRADIENTS = 32, 8  # GRADIENTS: the pairs of study/forecast.py, whose models are large
 TOKEN_LAMS = (1, 2, 5, 10)  # of tokens.csv
 SNAPSHOTS = [10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 640, 960]  # so that t' = (1 + lam) t is among them
 LAMS = [0.5, 1, 2, 3, 5, 7]

@@ -24,9 +24,9 @@ from plumbing.batches import batch_order, pair_order
 from plumbing.files import UserError, write_csv
 from plumbing.flags import command
 
-from .diagnostics import entangled, extrapolation, token_rows
+from .diagnostics import GRADIENTS, entangled, extrapolation, token_rows
 
-ROWS, PAIRS, GRADIENTS = 16, 16, 8  # half of the rows are correct
+ROWS, PAIRS = 16, 16  # half of the rows are correct
 
 
 class Snapshots:

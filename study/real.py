@@ -20,8 +20,8 @@ import numpy as np
 
 from plumbing.files import UserError, write_text
 from plumbing.keeper import warmup_cosine
-from study.claims import margin
-from study.forecast import GRADIENTS
+from study.claims import entanglement, margin, per_seed
+from study.diagnostics import GRADIENTS
 from study.results import forecast, forecasts, read_runs, run_folders, where, with_table
 from study.rule import Claim, Measured
 from study.tables import gather, held, identity, run_names
@@ -211,11 +211,11 @@ def forecasts_table(cases):
 
 def entangled_table(runs):
     """The cosine of the gradients of a correct and an incorrect rollout, and the share of pairs with g > a, under Off-RL."""
-    tables = [run.tables["entanglement"] for run in with_table(runs.values(), "entanglement")]
+    runs = with_table(runs.values(), "entanglement")
     names, rows = {"cosine of the two gradients": "cosine", "share of pairs with g > a": "share_g_above_a"}, []
     for text, column in names.items():
-        numbers = (cell([pick(some[column]) for some in tables]) for pick in (lambda x: x[0], np.mean))
-        rows.append([text, len(tables), *numbers])
+        numbers = (cell(per_seed(runs, value)) for value in (entanglement(column, 0), entanglement(column)))
+        rows.append([text, len(runs), *numbers])
     return table(["measured", "seeds", "before training", "mean over Off-RL's run"], rows)
 
 
