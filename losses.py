@@ -13,7 +13,8 @@ With reward r = +1 (correct) or -1 (incorrect) every offline loss has a gradient
 
     grad loss = - r C grad logp_sum        C >= 0 (mostly): raise correct rows, lower incorrect ones
 
-and the methods differ in the coefficient C alone. So C |y| is the weight of grad logp_mean. FPA replaces C(pi) by C(pi_hat).
+and the methods differ in the coefficient C. Since grad logp_sum = |y| grad logp_mean, C |y| is the weight of grad logp_mean.
+FPA replaces C(pi) by C(pi_hat).
 
 Left out: label smoothing and other variants of the neighbours, and GRPO's penalty towards the reference policy.
 """
@@ -116,11 +117,11 @@ def fpa(logp_sum, future_logp_sum, length, reward, target="both"):
 
 
 def fpa_form(logp_sum, reward, present, future, target="both", pairs=False):
-    """A loss of C >= 0 with C at the future policy: all (B,) -> a scalar to minimise, and the coefficients used (B,).
+    """A loss of C >= 0 with C at the future policy. Takes (B,) tensors, returns a scalar and the coefficients used (B,).
 
-    present and future are the loss's coefficients C at pi_theta and at pi_hat. With `off_rl`'s C this is FPA. `pairs`: the rows
-    are pairs, and the mean is over pairs, as in DPO. The scalar is a surrogate, as `fpa_loss` is. Raises ValueError where the
-    target is unknown or a coefficient is negative, for example where you pass log-probabilities.
+    The scalar, to be minimised, is a surrogate, as `fpa_loss` is. present and future are the loss's coefficients C at pi_theta
+    and at pi_hat. With `off_rl`'s C this is FPA. `pairs`: the rows are pairs, and the mean is over pairs, as in DPO. Raises
+    ValueError where the target is unknown or a coefficient is negative, for example where you pass log-probabilities.
     """
     if (present < 0).any() or (future < 0).any():
         raise ValueError("present and future must be coefficients C >= 0, as the losses return them, not log-probabilities")
@@ -190,7 +191,7 @@ def topr(logp_sum, logratio, length, reward):
     """Tapered off-policy REINFORCE, TOPR (Le Roux et al., arXiv 2503.14286): C_w = 1 / |y|, C_l = min(rho, 1) / |y|.
 
     rho = exp(logratio), so it brakes by the distance from the reference policy. A surrogate too. The papers of NSR, AsymRE and
-    TOPR sum over tokens. Here the sum is divided by |y|, so that clipping the gradient's norm does not set the step.
+    TOPR sum over tokens. Here the sum is divided by |y|. Otherwise clipping the gradient's norm would set the step.
     """
     coefficient = (torch.where(reward > 0, 0.0, logratio.clamp(max=0)).exp() / length).detach()
     return -reward * coefficient * logp_sum, coefficient
@@ -225,7 +226,8 @@ def pessimistic(logratio, reward, mean_reward, beta=0.1, shift=0.0):
 def a_star_po(logratio, reward, value, beta=1e-3):
     """A*-PO's regression (and OAPL's, whose reference lags behind): (beta logratio + V* - r01)^2, r01 = 1 if correct, else 0.
 
-    value (B,) is `optimal_value` of each row's prompt. With beta1 = beta, not the default, the minimiser is the Gibbs policy.
+    value (B,) is `optimal_value` of each row's prompt. The minimiser is the Gibbs policy if `optimal_value`'s beta1
+    equals beta. The defaults differ.
     """
     return regression(logratio, (1 + reward) / 2 - value, reward, beta)
 
@@ -279,12 +281,12 @@ def rpo(logratio, logp_sum, length, beta=0.1, alpha=1.0):
 
 
 def grpo(logps, advantage, mask, dapo=False, old_logps=None, clip=0.2):
-    """GRPO (Shao et al. 2024, eq. 3, without its KL term): -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) a token.
+    """GRPO (Shao et al. 2024, eq. 3, without its KL term): -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) per token.
 
     logps, old_logps (B, T-1) as `token_logps` gives them, under pi_theta and under the policy that sampled (pi_theta itself
     where old_logps is None); advantage (B,); mask (B, T). Returns losses (B,), whose mean is the objective, and C = |A| / |y|.
-    A row's loss is the mean over its tokens. With dapo it is their sum over the batch's mean number of tokens, and so in C:
-    every token of the batch weighs the same (DAPO, Yu et al. 2025, eq. 8).
+    A row's loss is the mean over its tokens. With dapo the batch's mean |y| takes the place of |y|, in C too: every token of
+    the batch weighs the same (DAPO, Yu et al. 2025, eq. 8).
     """
     ratio = (logps - (logps.detach() if old_logps is None else old_logps)).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -313,7 +315,7 @@ class Loss:
     coefficients: tuple[str, str]  # C_w on correct rows, C_l on incorrect ones, in Markdown
     defaults: dict = field(default_factory=dict)  # its hyperparameters, each with an entry in HYPERPARAMETERS
     pairs: bool = False  # its rows are pairs
-    has_fpa_form: bool = False  # lam > 0 evaluates its coefficient at the future policy
+    has_fpa_form: bool = False  # lam > 0 evaluates its coefficient at the future policy; `fpa`'s function does so itself
     form_of: str | None = None  # the loss that this one is at lam = 0
     online: bool = False  # it samples its own rows
 
@@ -325,7 +327,7 @@ class Loss:
 
     @functools.cached_property
     def own(self):
-        """The hyperparameters that its function takes; FPA's lam has done its work in `future_logits`."""
+        """The hyperparameters that its function takes. FPA's takes no lam: `future_logits` does."""
         return [name for name in self.defaults if name in inspect.signature(self.function).parameters]
 
     def __call__(self, batch, run):
@@ -368,9 +370,9 @@ LOSSES = {
         {"beta": 0.1, "alpha": 1.0}, pairs=True, has_fpa_form=True),
     "kto": Loss(kto, "KTO", "DPO without pairs: each row against z0, the mean log-ratio of mismatched answers",
         ("β s(1 − s), s = σ(β(Δ_w − z0))", "β s(1 − s), s = σ(β(z0 − Δ_l))"), {"beta": 0.1}, has_fpa_form=True),
-    "a_star_po": Loss(a_star_po, "A*-PO", "regress the log-ratio on reward − V*",
+    "a_star_po": Loss(a_star_po, "A*-PO", "regress β·log-ratio on r01 − V*",
         ("2β(r01 − V* − βΔ_w)", "2β(V* − r01 + βΔ_l)"), {"beta": 1e-3}),
-    "pessimistic": Loss(pessimistic, "pessimistic", "regress the log-ratio on reward − mean, shifted",
+    "pessimistic": Loss(pessimistic, "pessimistic", "regress β·log-ratio on r − its mean, shifted",
         ("2β(A − βΔ_w), A = r − mean(r) + shift·β", "2β(βΔ_l − A)"), {"beta": 0.1, "shift": 0.0}),
     "sft": Loss(sft, "SFT", "fine-tune on the correct rows alone", (r"1 / \|y_w\|", "0")),
     "reinforce": Loss(reinforce, "REINFORCE", "push all rows with the same weight", (r"1 / \|y_w\|", r"1 / \|y_l\|")),

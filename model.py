@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # Up to this many positions a CPU writes the attention weights out: its fused kernel gains nothing from a second thread there
-# (`python -m study.bench` times both). Their memory grows with positions squared, and beyond this they are slower too.
+# (`python -m study.bench` times both). Beyond it written-out weights are slower, and their memory grows with positions squared.
 SHORT = 128
 
 
@@ -102,7 +102,7 @@ def attend(q, k, v):
 
 
 def fused(q, k, v):
-    """`attend` by torch's kernel. Of fewer queries than keys its is_causal would let the first see the first key only."""
+    """`attend` by torch's kernel. With fewer queries than keys, is_causal would show the first query the first key alone."""
     T, S = q.shape[2], k.shape[2]
     mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=True)

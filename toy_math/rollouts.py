@@ -17,7 +17,7 @@ from plumbing.log import pass_at
 from .problems import STEP_WIDTH, draw_problem, read_problem, verify, write_trace
 from .tokenizer import BOS, EOS, PAD, decode, encode
 
-CPU_ROWS = 384  # sampled at once for each thread of a CPU, whose caches hold the keys and values of so many
+CPU_ROWS = 384  # sampled at once for each thread of a CPU, whose caches hold the keys and values of this many rows
 GPU_ROWS = 2048
 PASS_AT = (4, 16)  # the k of pass@k
 COOL_SAMPLES = 4  # of each problem, at temperature 0.7

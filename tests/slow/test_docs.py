@@ -676,7 +676,7 @@ def test_what_is_said_of_the_ratio_of_the_weights():
     for low, high in ((0, 0.1), (0.1, 0.5), (0.5, 1), (1, np.inf)):
         some = [run.log["test_accuracy_0.7"] for run in chosen if low <= figures.ratio_of_coefficients(run) < high]
         counts.append([str(len(some)), str(sum(accuracy[-1] > accuracy[0] for accuracy in some))])
-    rows = table(Path("docs/findings.md"), "mean C_l / C_w over training")
+    rows = table(Path("docs/findings.md"), r"mean C_l·\|y\| / C_w·\|y\| over training")
     assert [row[1:] for row in rows] == counts
     assert [row[0] for row in rows] == ["below 0.1", "0.1 to 0.5", "0.5 to 1", "1 or more"]
 
@@ -684,7 +684,7 @@ def test_what_is_said_of_the_ratio_of_the_weights():
 def test_what_is_said_of_the_forecast_on_habit():
     page = flowing(Path("docs/findings.md"))
     numbers = [str(number).split(": ")[1].split(" (claim")[0] for number in studied()[1]["C10"].measured]
-    phrases = ("λ of 1 and 2, is {}", "80 to 320 the ratio is {}", "the default, the ratio is {}", "80 to 320 the ratio is {}")
+    phrases = ("λ of 1 and 2, is {}", "80 to 320 the ratio is {}", "at t = 30. The ratio is {}", "80 to 320 the ratio is {}")
     for number, phrase in zip(numbers, phrases):
         mean, low, high = re.fullmatch(r"(\S+), (\S+) to (\S+)", number).groups()
         assert phrase.format(mean) in page and f"from {low} to {high}" in page, number
@@ -697,7 +697,9 @@ def test_what_is_said_of_the_forecast_on_habit():
     assert {run.log["step"][3] for lr in ("2e-05", "0.0002") for run in extrapolated(lr)} == {300}
     rises = np.mean([run.log["accuracy_0.7"][[1, -1]] for run in extrapolated("0.0002")], axis=0)
     assert "rises from {:.3f} at step 100 to {:.3f} at the end".format(*rises) in page and rises[0] < rises[1]
-    for lr, known, unknown in (("0.0002", 15, 30), ("2e-05", 160, 320)):  # README.md; the mean over seeds, along t' = (1 + λ) t
+    limits = {"0.0002": (15, 30), "2e-05": (160, 320)}
+    assert all("π̂ is a forecast up to t = {}, and no more at t = {}.".format(*some) in page for some in limits.values())
+    for lr, (known, unknown) in limits.items():  # README.md too; the mean over seeds, along t' = (1 + λ) t
         found = [results.extrapolated(run) for run in extrapolated(lr)]
         for t, later, lam in found[0]:
             if lam in (1, 2) and later == (1 + lam) * t:

@@ -336,9 +336,10 @@ def test_what_is_said_of_its_forecasts():
     said = "The number is {}. For λ = 1 it is {}, so".format(*(cell.replace(", ", ", from ") for cell in (far, near)))
     (low, high), lowest = (float(x) for x in near.split(", ")[1].split(" to ")), float(far.split(", ")[1].split(" to ")[0])
     assert said in prose and low < 1 < high and lowest > 1
-    assert f"A straight line would have {far_line} and {near_line}. " in prose and float(far_line) < 1 > float(near_line)
+    assert f"A straight line would have {far_line} for λ = 2 and {near_line} for λ = 1. " in prose
+    assert float(far_line) < 1 > float(near_line)
     near, near_line, far, far_line, _ = mean["slow_long_forecast", 100]
-    said = f"step 100 the two numbers are {near} and {far}, and a line would have {near_line} and {far_line}. "
+    said = f"step 100 the number is {far} for λ = 2, and {near} for λ = 1. A line would have {far_line} and {near_line}. "
     assert said in prose and len(cases["slow_long_forecast"]) == 3
     assert "At 1e-6 it was one at step 10, and none at step 20. At 5e-5 FPA's accuracy ends below its start." in bullet
 
