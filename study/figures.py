@@ -38,6 +38,7 @@ from study.results import (
     label,
     main_runs,
     mean_and_interval,
+    ratio_of_coefficients,
     tokens,
     tuned,
     varying,
@@ -353,12 +354,6 @@ def figure_forecast(runs):
 
 
 # --- every run of the study
-
-
-def ratio_of_coefficients(run):
-    """C_l |y| / C_w |y|, mean over training; NaN where a loss's coefficients change their sign, or where nothing is logged."""
-    correct, incorrect = (run.log[f"coefficient_{kind}"][1:] for kind in ("correct", "incorrect"))
-    return np.mean(incorrect / correct) if (correct > 0).all() and (incorrect >= 0).all() else np.nan
 
 
 def figure_ratio(runs):

@@ -22,10 +22,11 @@ from plumbing.files import UserError, write_text
 from plumbing.keeper import warmup_cosine
 from study.claims import entanglement, margin, per_seed
 from study.diagnostics import GRADIENTS
-from study.results import forecast, forecasts, read_runs, run_folders, where, with_table
+from study.results import each, fall, forecast, forecasts, last, paired, read_runs, run_folders, where, with_table
 from study.rule import Claim, Measured
+from study.sections import cases_table, table
 from study.tables import gather, held, identity, run_names
-from study.verdicts import cases_table, claims_table, each, fall, last, paired, straight, table
+from study.verdicts import claims_table, straight
 
 SEEDS, COUNT = (0, 1, 2), 5  # COUNT: of the claims
 ARITHMETIC = """basic_arithmetic --count 96 48 --config min_terms=3 max_terms=3 min_digits=1 max_digits=1
@@ -120,8 +121,9 @@ def run_case(name, args):
         with ThreadPool(args.jobs or 1) as pool:
             pool.map(train, missing, chunksize=1)
     finally:  # after an error too
+        tables = tables_of(args.to, task)
         finished = [identity(run.config) for run in read_runs(run_folders(folder))]
-        gather(folder, tables_of(args.to, task), {task: finished})
+        gather(folder, tables, {task: [*held(tables)[0], *finished]})  # those gathered earlier stay the task's
         write_text(Path(args.to) / "results.md", results(args.to))
 
 

@@ -298,6 +298,41 @@ def mean_and_interval(values):
     return values.mean(axis=0), t * spread / np.sqrt(len(values))
 
 
+def last(column):
+    """run -> a column's value at the last evaluation."""
+    return lambda run: run.log[column][-1]
+
+
+metric = last(METRIC)
+
+
+def each(runs, value):
+    """value(run) of every seed of {seed: run} (seeds,)."""
+    return np.array([value(run) for _, run in sorted(runs.items())])
+
+
+def paired(ours, theirs, value=metric):
+    """value(run) of one method minus that of another, of the seeds that both have (seeds,)."""
+    return np.array([value(ours[seed]) - value(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())])
+
+
+def fall(run):
+    """Of pass@1 at temperature 0.7 on validation problems, from its peak to the last evaluation."""
+    return run.log["accuracy_0.7"].max() - run.log["accuracy_0.7"][-1]
+
+
+def share_down(run, steps=200, rows=""):
+    """Of the first steps, those whose batch lowers its correct rows; with rows "_others", correct rows of other problems."""
+    table = run.tables["batch"]
+    return np.mean((table[f"down{rows}"] > table[f"up{rows}"])[table["step"] < steps])
+
+
+def ratio_of_coefficients(run):
+    """C_l |y| / C_w |y|, mean over training; NaN where a loss's coefficients change their sign, or where nothing is logged."""
+    correct, incorrect = (run.log[f"coefficient_{kind}"][1:] for kind in ("correct", "incorrect"))
+    return np.mean(incorrect / correct) if (correct > 0).all() and (incorrect >= 0).all() else np.nan
+
+
 def final(run):
     return run.log["accuracy"][-1]
 

@@ -82,16 +82,16 @@ class Measured(NamedTuple):
         claimed = f" (claim: {self.side} {self.bound:g})" if self.side else ""
         if not len(self.values):
             return f"{self.text}{claimed}"
+        if lost := np.count_nonzero(~np.isfinite(np.log(self.values) if self.ratio else self.values)):
+            return f"{self.text}: not finite on {lost} of {len(self.values)} seeds{claimed}"
         if self.ratio:
             mean, half = mean_and_interval(np.log(self.values))
             mean, low, high = (digits(math.exp(x)) for x in (mean, mean - half, mean + half))
             numbers = mean if math.isnan(half) else f"{mean}, {low} to {high}"
         else:
             numbers = " ± ".join(digits(x) for x in mean_and_interval(self.values) if not math.isnan(x))
-        flip = (
-            f", p {self.p_for:.2g}, exact {self.p_flip:.2g}" if self.side and self.side in "<>" and len(self.values) > 1 else ""
-        )
-        return f"{self.text}: {numbers}{claimed}{flip}"
+        p = f", p {self.p_for:.2g}" if self.side and len(self.values) > 1 else ""
+        return f"{self.text}: {numbers}{claimed}{p}" + (f", exact {self.p_flip:.2g}" if p and self.side in "<>" else "")
 
 
 class Claim(NamedTuple):

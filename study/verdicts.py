@@ -8,19 +8,33 @@ of a claim has one value a seed.
 """
 
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from losses import LOSSES
 from plumbing.files import printable_path, write_text
 from plumbing.flags import command, command_line
 from study import rule, scale, tune
-from study.experiments import CASES, LAMBDAS, RATES, best_rates, members
-from study.results import METRIC, by_method, forecast, label, mean_and_interval
+from study.experiments import LAMBDAS, RATES, members
+from study.results import SEEDS, each, fall, forecast, last, metric, paired, share_down
 from study.rule import COUNT, Claim, Measured, holm, verdicts
+from study.sections import (
+    chosen_table,
+    experiment_tables,
+    facts_table,
+    families_table,
+    forecasts_table,
+    machines_table,
+    of_several_kinds,
+    rank_over_rates,
+    rates_table,
+    searches_table,
+    shared_seeds,
+    table,
+    unclaimed_list,
+    untuned_table,
+)
 from study.tables import held
 from study.tune import FAMILIES
 
@@ -39,36 +53,8 @@ def study(runs):
     }
 
 
-def last(column):
-    return lambda run: run.log[column][-1]
-
-
-metric = last(METRIC)
-
-
-def each(runs, value):
-    """value(run) of every seed (seeds,)."""
-    return np.array([value(run) for _, run in sorted(runs.items())])
-
-
-def paired(ours, theirs, value=metric):
-    """value(run) of one method minus that of another, of the seeds that both have (seeds,)."""
-    return np.array([value(ours[seed]) - value(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())])
-
-
 def ratios(ours, theirs, value):
     return np.exp(paired(ours, theirs, lambda run: math.log(value(run))))
-
-
-def fall(run):
-    """Of pass@1 at temperature 0.7 on validation problems, from its peak to the last evaluation."""
-    return run.log["accuracy_0.7"].max() - run.log["accuracy_0.7"][-1]
-
-
-def share_down(run):
-    """Of the first 200 steps, those that lower the batch's correct rows."""
-    table = run.tables["batch"]
-    return np.mean((table["down"] > table["up"])[table["step"] < 200])
 
 
 def braked(run):
@@ -88,16 +74,30 @@ def straight(later):
     return of
 
 
-def reached(run, column):
+def reaches(run):
+    return run.log["accuracy_0.7"] >= TARGET
+
+
+def cost(run, column):
     """A running sum at the first evaluation that reaches TARGET; at the end where none does."""
-    good = run.log["accuracy_0.7"] >= TARGET
+    good = reaches(run)
     return run.log[column][good.argmax() if good.any() else -1]
 
 
+def costs(ours, theirs, column):
+    """Our cost over theirs, of the seeds that both have. If ours never reaches TARGET, it costs no less than theirs."""
+    found = []
+    for seed in sorted(ours.keys() & theirs.keys()):
+        own, other = cost(ours[seed], column), cost(theirs[seed], column)
+        found.append((own if reaches(ours[seed]).any() else max(own, other)) / other)
+    return np.array(found)
+
+
 def best_of_rates(runs):
-    """Off-RL's rate with the best mean on the claims' seeds; None where a rate is not run."""
+    """Off-RL's rate with the best mean on those of the claims' seeds that every rate has; None where there are none."""
     cases = {f"{lr:g}": runs("rates", f"{lr:g}") for lr in RATES}
-    return max(cases, key=lambda lr: each(cases[lr], metric).mean()) if all(cases.values()) else None
+    seeds = shared_seeds(cases.values())
+    return max(cases, key=lambda lr: sum(metric(cases[lr][seed]) for seed in seeds)) if seeds else None
 
 
 def at_tokens(run, sampled):
@@ -131,17 +131,9 @@ def about_the_mechanism(runs):
                  "push up, lr 2e-4", each(plain, share_down), ">", 0.5),
         Measured("the same at the tuned setting", each(off_rl, share_down)),
     ], "extrapolation final"  # fmt: skip
-    by_rate = [runs("rates", f"{lr:g}") for lr in RATES]
-    seeds = sorted(set.intersection(*(set(some) for some in by_rate)))
-    rank = [
-        stats.spearmanr(
-            [some[seed].log["logratio_correct_p5"][-1] for some in by_rate], [metric(some[seed]) for some in by_rate]
-        )[0]
-        for seed in seeds
-    ]
     yield "N2", "the drag explains the accuracy that Off-RL loses", [
         Measured("rank correlation of accuracy and the 5th percentile of correct rows' log-ratios, over seven learning rates",
-                 np.array(rank), ">", 0.5),
+                 rank_over_rates(runs.runs, "logratio_correct_p5"), ">", 0.5),
     ], "rates"  # fmt: skip
     yield "N3", "FPA's relative brake comes earlier", [
         Measured("step at which C_l / C_w falls below 0.5, FPA / Off-RL, each tuned",
@@ -219,7 +211,7 @@ def about_data(runs, chosen):
         runs.accuracy("at the end, FPA − GRPO", "fpa", "grpo", side=""),
     ], "final"  # fmt: skip
     yield "C14b", f"FPA is cheaper to an accuracy of {TARGET} than GRPO", [
-        Measured(f"{words}, FPA / GRPO", ratios(fpa, grpo, lambda run: reached(run, column)), "<", 1, ratio=True)
+        Measured(f"{words}, FPA / GRPO", costs(fpa, grpo, column), "<", 1, ratio=True)
         for words, column in (("seconds", "seconds"), ("tokens trained on", "tokens_trained"))
     ], "final"  # fmt: skip
     using = {name: score for name, score in chosen.items() if name not in ("sft", "grpo")}
@@ -253,25 +245,6 @@ def claims(runs, chosen):
 
 # --- results.md
 
-ONE_THING = {  # {experiment: (title, what its cases are)}
-    "rates": ("Off-RL at each learning rate", "learning rate"),
-    "lambda": ("Each λ at its own learning rate", "λ of FPA"),
-    "targets": ("FPA's coefficient on one kind of rows, each at its own learning rate", "rows"),
-    "sizes": ("Equal passes over the rollouts, each at its own learning rate", "loss and prompts"),
-}
-SHOWN = {
-    "pass@1, T = 0.7": METRIC,
-    "T = 1": "test_accuracy",
-    "greedy": "test_accuracy_greedy",
-    "pass@16": "test_pass@16",
-    "entropy [nats]": "test_entropy",
-}
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
-
 
 def rules_table(found=None):
     """What is claimed and measured, without any run: a table of docs/protocol.md."""
@@ -294,31 +267,11 @@ def claims_table(found, count=COUNT):
     return table(header, rows)
 
 
-def numbers_of(runs, index=-1, shown=SHOWN):
-    """Cells of some columns at an evaluation, mean ± 95 % interval over seeds."""
-    cells = []
-    for column in shown.values():
-        mean, half = mean_and_interval(each(runs, lambda run: run.log[column][index]))
-        cells.append(f"{round(mean, 3) + 0.0:.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}"))
-    return cells
-
-
-def cases_table(cases, head="family", base="base model", shown=SHOWN):
-    """Every case after its last step, the model before training first; fewer seeds, or none, are said."""
-    first, rows = next((some for some in cases.values() if some), {}), []
-    if first:
-        rows.append([base, len(first), *numbers_of(first, 0, shown)])
-    for name, some in cases.items():
-        numbers = numbers_of(some, -1, shown) if some else ["not run"] + [""] * (len(shown) - 1)
-        rows.append([f"`{name}`", len(some), *numbers])
-    return table([head, "seeds", *shown], rows)
-
-
 def never(runs):
     """How many runs of `final` never get to what N3 and C14b wait for: a sentence, or nothing without these runs."""
     asked = {
         "N3": (("off_rl", "fpa"), lambda run: braked(run) == run.config["steps"]),
-        "C14b": (("fpa", "grpo"), lambda run: max(run.log["accuracy_0.7"]) < TARGET),
+        "C14b": (("fpa", "grpo"), lambda run: not reaches(run).any()),
     }
     counts = [
         f"{sum(map(missed, some.values()))} of {len(some)} of {name} ({claim})"
@@ -326,64 +279,45 @@ def never(runs):
         for name in names
         if (some := runs.get(("final", name)))
     ]
-    return f"Runs that never get there, and count with their last step: {', '.join(counts)}.\n\n" if counts else ""
+    said = "and count with their last step, FPA's in C14b with GRPO's cost if this is larger"
+    return f"Runs that never get there, {said}: {', '.join(counts)}.\n\n" if counts else ""
 
 
-def machines_table(runs):
-    """Which kinds of CPU made the runs of an experiment."""
-    kinds = {}
-    for (name, _), some in runs.items():
-        kinds.setdefault(name, Counter()).update(run.config["environment"]["cpu"] for run in some.values())
-    said = {name: ", ".join(f"{count} {kind}" for kind, count in sorted(some.items())) for name, some in kinds.items() if some}
-    return table(["experiment", "runs by CPU"], said.items())
-
-
-def families_table(runs, experiment):
-    """Every family at its tuned setting."""
-    return cases_table({name: runs.get((experiment, name), {}) for name in FAMILIES})
-
-
-def untuned_table(held_runs):
-    """Every method of the experiment `main`, at default settings."""
-    methods = by_method([run for run in held_runs.values() if "main" in run.experiments])
-    return cases_table({label(m): {run.config["seed"]: run for run in some} for m, some in methods.items()}, "loss")
-
-
-def experiment_tables(runs):
-    """Every case of the experiments whose cases differ in one thing, a table each, of those that have runs."""
-    tables = []
-    for name, (title, head) in ONE_THING.items():
-        cases = {case: some for (experiment, case), some in runs.items() if experiment == name and some}
-        if len(cases) > 1:
-            tables.append(f"### {title}\n\n{cases_table(cases, head)}")
-    return "\n".join(tables)
+LEAST = 2 ** -len(SEEDS)  # of an exact p
+EXACT = f"""The exact p is that of all signs of the seeds' differences. With {len(SEEDS)} seeds it is {LEAST:.2g} or more.
+Doubled and times the {COUNT} claims it is {2 * COUNT * LEAST:.2g}. So no claim could be supported by exact tests, and the
+verdicts rest on the t test."""
+TASKS = """The base models and their rollouts, of the claims' seeds. The last two columns are of incorrect rollouts whose
+problem has a correct one. They are the share of tokens that some correct one has at the same position, and the longest
+beginning shared with one, as a share of the length."""
+FORECAST = """KL of π̂ from the policy of step (1 + λ) t, over that of the policy of step t, along FPA's path. It is the
+geometric mean over the claims' seeds. Below 1, π̂ is a forecast."""
 
 
 def results(folder):
     """results.md of a folder of tables."""
-    held_runs, _ = held(folder)
-    runs = study(held_runs)
-    searches = {name: tune.search(name, tune.scores(name, held_runs)) for name in FAMILIES}
+    runs_held, _ = held(folder)
+    runs = study(runs_held)
+    searches = {name: tune.search(name, tune.scores(name, runs_held)) for name in FAMILIES}
     found = claims(runs, {name: some.score for name, some in searches.items() if some.chosen})
-    text, rows = rule.__doc__.partition("\n\n")[2].strip(), []
-    for name, some in searches.items():
-        came = f"`{tune.words(name, some.chosen)}`" if some.chosen else f"missing: {len(some.missing)} runs of this round"
-        rows.append([f"`{name}`", len(some.asked), f"{some.score:.3f}" if some.chosen else "", came])
-    tuning = table(["family", "rounds", "validation pass@1, T = 0.7", "chosen"], rows)
-    best = [(case, lr, RATES) for name in CASES for case, lr in best_rates(name, held_runs).items()]
-    best += [("Off-RL, best on the claims' seeds (C12)", float(lr), RATES) for lr in [best_of_rates(Runs(runs))] if lr]
-    best += [("SGD", lr, scale.RATES) for lr in [scale.best_rate(held_runs)] if lr]
-    ends = [(case, f"{lr:g}{', an end of the grid' * (lr in (grid[0], grid[-1]))}") for case, lr, grid in best]
-    grids = table(["case", "learning rate"], ends)
+    text, mixed = rule.__doc__.partition("\n\n")[2].strip(), of_several_kinds(found, runs)
+    best = [("Off-RL, best on the claims' seeds (C12)", float(lr), RATES) for lr in [best_of_rates(Runs(runs))] if lr]
+    best += [("SGD", lr, scale.RATES) for lr in [scale.best_rate(runs_held)] if lr]
     return (
         "# Results of the study on `habit`\n\nWritten by `python -m study.verdicts`.\n\n"
-        f"## Claims\n\n{text}\n\n{claims_table(found)}\n{never(runs)}"
-        f"## Untuned, task `habit`\n\nTest problems, after the last step, seeds 0 to 4.\n\n{untuned_table(held_runs)}\n"
+        f"## Claims\n\n{text}\n\n{claims_table(found)}\n{EXACT}\n\n{never(runs)}"
+        f"## The two tasks (P0)\n\n{TASKS}\n\n{facts_table(runs)}\n"
+        f"## Untuned, task `habit`\n\nTest problems, after the last step, seeds 0 to 4.\n\n{untuned_table(runs_held)}\n"
         f"## One thing changed, task `habit`\n\nThe claims' seeds.\n\n{experiment_tables(runs)}\n"
+        f"## Numbers without a claim\n\nThey were looked at after the runs.\n\n{unclaimed_list(runs, runs_held)}\n"
+        f"{FORECAST}\n\n{forecasts_table(runs)}\n"
         f"## Every family at its tuned setting, task `habit`\n\n{families_table(runs, 'final')}\n"
         f"## Every family at the same setting, task `slips`\n\n{families_table(runs, 'slips')}\n"
-        f"## Tuning\n\nBy `python -m study.tune`, on seeds that no claim's number comes from.\n\n{tuning}\n{grids}\n"
-        f"## Machines\n\n{machines_table(runs)}"
+        f"## Tuning\n\nBy `python -m study.tune`, on seeds that no claim's number comes from.\n\n{searches_table(searches)}\n"
+        f"The chosen settings on validation problems, the five tuning seeds:\n\n"
+        f"{chosen_table(searches, runs_held)}\n{rates_table(runs_held, best)}\n"
+        f"## Machines\n\nThe runs of {', '.join(mixed) or 'no claim'} come from several kinds of CPU.\n\n"
+        f"{machines_table(runs, runs_held)}"
     )
 
 

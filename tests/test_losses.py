@@ -254,6 +254,23 @@ def test_powers_weight_is_at_most_one():
     assert (coefficient * length).tolist() == pytest.approx([1.0, 1 / 4])
 
 
+GAINS = {  # of grad log pi
+    "asymre": lambda reward, mean: reward - (mean - SETTINGS["shift"]),  # Arnal et al. 2025: r - V, V below the mean reward
+    "nsr": lambda reward, mean: torch.where(reward > 0, SETTINGS["weight"], -1.0),  # Zhu et al. 2025: weighted REINFORCE
+}
+
+
+@pytest.mark.parametrize("name", GAINS)
+def test_reinforces_relatives_have_the_published_gradient(name):
+    """Their papers sum over tokens; here the sum is divided by |y|."""
+    leaf, again = random_logp_sum().requires_grad_(), random_logp_sum().requires_grad_()
+    batch = batch_of(leaf)
+    LOSSES[name](batch, run_of(name))[0].sum().backward()
+    (-GAINS[name](batch.reward, batch.mean_reward) * again / batch.length).sum().backward()
+    torch.testing.assert_close(leaf.grad, again.grad, rtol=1e-6, atol=0)
+    assert leaf.grad.abs().min() > 0 and batch.mean_reward.unique().numel() > 1
+
+
 def test_asymre_at_shift_zero_is_centred_and_a_shift_favours_correct_rows():
     batch = batch_of(random_logp_sum(), length=torch.ones(12, dtype=torch.float64))
     signed = [(batch.reward * LOSSES["asymre"](batch, run_of("asymre", shift=shift))[1]).sum() for shift in (0.0, 0.1)]

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 
 import full_scale.train
 import losses
@@ -28,7 +27,7 @@ from full_scale.published import empty_model, parameter_count
 from losses import LOSSES
 from model import GPTConfig
 from plumbing.log import COLUMNS, progress_line
-from study import claims, drawing, experiments, figures, real, results, rule, scale, tables, tune, verdicts
+from study import claims, drawing, experiments, figures, real, results, rule, scale, sections, tables, tune, verdicts
 
 ROOT, RESULTS = Path(__file__).resolve().parents[2], Path("results/slips")
 README, PAGES = Path("README.md"), sorted(Path("docs").glob("*.md"))
@@ -349,7 +348,7 @@ def test_the_tables_of_the_main_runs_are_those_of_the_logs():
     untuned = {name.strip("`"): cells for name, seeds, *cells in table(Path("results/results.md"), "| loss | seeds")}
     assert [*untuned] == [row[0] for row in rows]
     for name, some in methods.items():
-        columns = [[run.log[column][-1] for run in some] for column in verdicts.SHOWN.values()]
+        columns = [[run.log[column][-1] for run in some] for column in sections.SHOWN.values()]
         assert untuned[results.label(name)] == ["{:.3f} ± {:.3f}".format(*results.mean_and_interval(c)) for c in columns]
 
 
@@ -395,9 +394,7 @@ def test_the_readmes_numbers_are_those_of_the_results():
 def test_the_findings_numbers_are_those_of_results_md():
     written = "".join(path.read_text() for path in (RESULTS / "results.md", *Path("results").glob("**/results.md")))
     numbers = re.findall(r"-?[\d.]+ ± [\d.]*\d", prose(Path("docs/findings.md")))
-    written += " ".join(" {:.2f} ± {:.2f} ".format(*results.mean_and_interval(values)) for values in correlations().values())
-    thirds = [*pushes().values(), *lams().values(), gain_at_the_largest_rate()]
-    written += " ".join(" {:.3f} ± {:.3f}".format(*results.mean_and_interval(values)) for values in thirds)
+    written += slips_at_ten()[1]
     assert len(numbers) > 15
     for number in numbers:
         assert re.search(rf" -?{re.escape(number)}(?![\d.]*\d)", written), number
@@ -421,39 +418,51 @@ def extrapolated(case):
 
 
 @functools.cache
-def pushes():
-    """What docs/findings.md says of these runs, with intervals: {phrase: numbers of the seeds}."""
+def unclaimed():
+    """{text: (mean ± interval, values)} of results.md's numbers without a claim."""
+    found = sections.unclaimed(verdicts.study(held()), held())
+    written = dict(re.findall(r"(?m)^- (.*): (\S+ ± \S+)$", Path("results/results.md").read_text()))
+    assert written.keys() == found.keys()
+    return {text: (written[text], values) for text, values in found.items()}
 
-    def share(end, group):
-        batches = [run.tables["batch"] for run in extrapolated("off_rl, 0.0002")]
-        return [(table[f"down{group}"] > table[f"up{group}"])[table["step"] < end].mean() for table in batches]
 
-    def falls(case, step=None):
-        """FPA's accuracy on validation problems at a step, or at its best evaluation, minus the last one."""
-        logs = [(run.log["step"], run.log["accuracy_0.7"]) for run in extrapolated(case)]
-        return [(max(values) if step is None else values[steps == step].item()) - values[-1] for steps, values in logs]
+PUSHED = "share of the first {} steps in which an Off-RL batch pushes {} correct rows down more than up, lr 2e-4"
+RANK = "rank correlation of Off-RL's accuracy and the correct rows' {}, over seven learning rates"
+FALLEN = "fall of FPA on validation problems from {} to the end, lr {}"
+SAID = {  # {text of a number without a claim: what docs/findings.md says of it}
+    PUSHED.format(200, "other problems'"): "Their share is {}.",
+    PUSHED.format(50, "other problems'"): "In the first 50 steps it is {},",
+    PUSHED.format(50, "its own"): "where that of the own rows is {}.",
+    "share of correct rows below 0 after 100 steps of Off-RL, lr 2e-4": "After 100 steps a share of {} of",
+    RANK.format("median log-ratio"): "The rank correlation of the accuracy is {} with the median log-ratio, and",
+    RANK.format("share below 0"): "and {} with the share of log-ratios below 0.",
+    "accuracy of Off-RL, end − start, lr 0.0032": "it ends above its start, by {}.",
+    "accuracy of FPA, lr 2e-4 − lr 2e-5": "The difference is {}, and it is above 0 for every seed.",
+    FALLEN.format("step 300", "2e-5"): "to the end it falls by {} at 2e-5, on every seed.",
+    FALLEN.format("the best evaluation", "2e-5"): "and by {} at 2e-5. At nearly this rate",
+    FALLEN.format("the best evaluation", "2e-4"): "from its best evaluation by {} at 2e-4,",
+    "accuracy, λ = 5 − λ = 2": "λ = 5 ends {} above λ = 2.",
+    "accuracy at T = 1, λ = 5 − λ = 10": "λ = 10 ends {} below λ = 5.",
+    "accuracy of FPA untuned, incorrect rows only − both kinds": "incorrect rows only ends {} above. - With",
+}
 
-    fast, slow = ([run.log["test_accuracy_0.7"][-1] for run in extrapolated(lr)] for lr in ("0.0002", "2e-05"))
-    assert all(other > own for other, own in zip(share(200, "_others"), share(200, "")))  # more often, on every seed
-    assert all(ours > theirs for ours, theirs in zip(fast, slow)) and min(falls("2e-05", 300)) > 0
-    return {
-        "N1 is contradicted. In {} of the first 200 steps": share(200, ""),
-        "Their share is {}.": share(200, "_others"),
-        "In the first 50 steps it is {},": share(50, "_others"),
-        "where that of the own rows is {}.": share(50, ""),
-        "After 100 steps a share of {} of": [run.log["logratio_correct_below_0"][1] for run in extrapolated("off_rl, 0.0002")],
-        "The difference is {}, and it is above 0 for every seed.": np.subtract(fast, slow),
-        "to the end it falls by {} at 2e-5, on every seed.": falls("2e-05", 300),
-        "from its best evaluation by {} at 2e-4,": falls("0.0002"),
-        "and by {} at 2e-5. At nearly this rate": falls("2e-05"),
-    }
+
+def test_what_is_said_without_a_claim():
+    page = flowing(Path("docs/findings.md"))
+    assert unclaimed().keys() == SAID.keys()
+    for text, (shown, values) in unclaimed().items():
+        assert SAID[text].format(shown) in page, text
+        assert min(values) > 0 or "every seed" not in SAID[text], text
 
 
 def test_what_is_said_of_the_drag_on_habit():
     page, text = (flowing(path) for path in (Path("docs/findings.md"), README))
-    for phrase, values in pushes().items():
-        assert phrase.format("{:.3f} ± {:.3f}".format(*results.mean_and_interval(values))) in page
-    own, others, *_ = (round(100 * np.mean(values)) for values in pushes().values())
+    by_seed = [[results.share_down(run, 200, rows) for run in extrapolated("off_rl, 0.0002")] for rows in ("", "_others")]
+    assert all(other > own for own, other in zip(*by_seed))  # more often, on every seed
+    (measured, _), said = studied()[1]["N1"].measured, "0.148 ± 0.0769"
+    assert measured.values.tolist() == by_seed[0] and f": {said} (claim" in str(measured)
+    assert f"N1 is contradicted. In {said} of the first 200 steps" in page
+    own, others = (round(100 * np.mean(values)) for values in by_seed)
     assert f"It does so in {own} % of them, and it lowers correct rows of other problems in {others} %." in text
     runs, found = extrapolated("off_rl, 0.0002"), rule.verdicts(studied()[1])
     assert found["N1"] == found["C10"] == "contradicted" and len(runs) == 8 and {run.log["step"][1] for run in runs} == {100}
@@ -466,23 +475,6 @@ def test_what_is_said_of_the_drag_on_habit():
     assert batches == pytest.approx(120, rel=0.05) and "in one of about 120 batches" in page
     for table, group in itertools.product([run.tables["batch"] for run in runs], ("", "_others")):
         assert (table[f"up{group}"] > table[f"down{group}"])[table["step"] >= 100].mean() > 0.5
-
-
-def gain_at_the_largest_rate():
-    """Of Off-RL's accuracy, from start to end (seeds,)."""
-    accuracies = [run.log["test_accuracy_0.7"] for run in studied()[0]["rates", f"{experiments.RATES[-1]:g}"]]
-    return [accuracy[-1] - accuracy[0] for accuracy in accuracies]
-
-
-@functools.cache
-def correlations():
-    """Rank correlations of Off-RL's accuracy over the learning rates, a number a seed: with {column of correct log-ratios}."""
-    seeds = zip(*(studied()[0]["rates", f"{lr:g}"] for lr in experiments.RATES))
-    found = [[[run.log[name][-1] for run in some] for name in ("test_accuracy_0.7", *FALLEN)] for some in seeds]
-    return {name: [stats.spearmanr(one[0], one[1 + i])[0] for one in found] for i, name in enumerate(FALLEN)}
-
-
-FALLEN = "logratio_correct_p5", "logratio_correct_p50", "logratio_correct_below_0"
 
 
 def test_what_is_said_of_the_learning_rates_on_habit():
@@ -504,16 +496,16 @@ def test_what_is_said_of_the_learning_rates_on_habit():
     assert {*accuracy.argsort()[:2]} == {1, 2} and accuracy.argmax() == len(runs) - 1 == percentile.argmin()
     start, fpa = np.mean(cells(runs[5e-5], 0)[0]), np.mean(cells(extrapolated("0.0002"))[0])
     assert max(accuracy[:-2]) < start - 0.1 and min(accuracy[-2:]) > start
-    assert "it ends above its start, by {:.3f} ± {:.3f}.".format(*results.mean_and_interval(gain_at_the_largest_rate())) in page
     assert max(accuracy) < fpa and f"FPA's mean ends at {fpa:.3f} at 2e-4, above" in page
-    assert correlations()[FALLEN[0]] == pytest.approx(studied()[1]["N2"].measured[0].values)
-    tail, median, below = ("{:.2f} ± {:.2f}".format(*results.mean_and_interval(c)) for c in correlations().values())
-    assert f"rank correlation of the two columns is {tail}." in page
-    assert f"is {median} with the median log-ratio, and {below} with the share" in page
-    shares = [np.mean([run.log[FALLEN[2]][-1] for run in runs[lr]]) for lr in (experiments.RATES[0], experiments.RATES[-1])]
+    (number,) = studied()[1]["N2"].measured
+    correlation = "{:.3f} ± {:.3f}".format(*results.mean_and_interval(number.values))
+    assert f"rank correlation of the two columns is {correlation}." in page
+    ends = (runs[lr] for lr in (experiments.RATES[0], experiments.RATES[-1]))
+    shares = [np.mean([run.log["logratio_correct_below_0"][-1] for run in some]) for some in ends]
     assert "from {:.2f} at the smallest rate to {:.2f} at the largest".format(*shares) in page
     text = flowing(README)
-    assert f"Their rank correlation is {tail.split()[0]}. With the median it is {median.split()[0]}, which no claim" in text
+    tail, median = (np.mean(values) for values in (number.values, unclaimed()[RANK.format("median log-ratio")][1]))
+    assert f"Their rank correlation is {tail:.2f}. With the median it is {median:.2f}, which no claim" in text
     assert rule.verdicts(studied()[1])["N2"] == "contradicted"
 
 
@@ -549,19 +541,12 @@ def test_what_is_said_of_the_coefficients_scale():
     assert {run.config["lr"] for run in studied()[0]["scale", "SGD"]} == {1.0} == {max(scale.RATES)}
 
 
-def lams():
-    """What docs/findings.md says of λ and of targets, with intervals, beside C8 and C9: {phrase: numbers of the seeds}."""
-    two, five, ten = (studied()[0]["lambda", f"λ = {lam}"] for lam in (2, 5, 10))
-    both, incorrect = (results.fpa_runs(main_runs(), target=target) for target in ("both", "incorrect"))
+def slips_at_ten():
+    """What docs/findings.md says of λ = 10 on `slips`, and the number."""
     slips = results.where(runs(), loss="fpa", steps=1000, lr=2e-4, prompts=1024, target="both")
-    ends = [[run.log["accuracy"][-1] for run in results.where(slips, lam=lam)] for lam in (5.0, 10.0)]
-    targeted = [[*map(verdicts.metric, some)] for some in (incorrect, both)]
-    return {
-        "λ = 5 ends {} above λ = 2.": np.subtract([*map(verdicts.metric, five)], [*map(verdicts.metric, two)]),
-        "incorrect rows only ends {} above. - With": np.subtract(*targeted),
-        "highest mean, and λ = 10 ends {} below it.": np.subtract(*ends),
-        "λ = 10 ends {} below λ = 5.": [a.log["test_accuracy"][-1] - b.log["test_accuracy"][-1] for a, b in zip(five, ten)],
-    }
+    five, ten = ([run.log["accuracy"][-1] for run in results.where(slips, lam=lam)] for lam in (5.0, 10.0))
+    number = " {:.3f} ± {:.3f} ".format(*results.mean_and_interval(np.subtract(five, ten)))
+    return f"highest mean, and λ = 10 ends{number}below it.", number
 
 
 def test_what_is_said_of_lam_and_of_targets_on_habit():
@@ -579,8 +564,7 @@ def test_what_is_said_of_lam_and_of_targets_on_habit():
     both = {lr: np.mean([verdicts.metric(run) for run in results.where(grid, lr=lr, lam=2.0)]) for lr in experiments.RATES}
     only = {lr: np.mean([verdicts.metric(run) for run in results.where(incorrect, lr=lr)]) for lr in experiments.RATES}
     assert [lr for lr in experiments.RATES if only[lr] > both[lr]] == [5e-5, 1e-4, 3.2e-3]
-    for phrase, numbers in lams().items():
-        assert phrase.format("{:.3f} ± {:.3f}".format(*results.mean_and_interval(numbers))) in page
+    assert slips_at_ten()[0] in page
     half, one = (np.mean([*map(verdicts.metric, studied()[0]["lambda", f"λ = {lam}"])]) for lam in (0.5, 1))
     assert one < half
     assert max(verdicts.metric(run) for run in correct) == 0

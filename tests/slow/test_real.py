@@ -24,7 +24,7 @@ from test_model import make
 from losses import token_logps
 from plumbing.files import UserError
 from plumbing.keeper import warmup_cosine
-from study import forecast, page, real, rule, tune, verdicts
+from study import forecast, page, real, rule, sections, tune
 from study.results import Run, mean_and_interval, read_folder
 from study.tables import held
 
@@ -64,7 +64,7 @@ def test_cases_are_trained_gathered_and_judged(small, capsys):
         assert run.config["loss"] == "fpa" and run.config["steps"] == 4 and run.log["step"][-1] == 4
         assert not np.isnan([run.log[column][-1] for column in real.SHOWN.values()]).any()
     lower = np.mean([run.log["logratio_correct"][-1] for run in cases["off_rl"].values()])
-    cell = verdicts.numbers_of(cases["off_rl"], -1, real.SHOWN)[0]
+    cell = sections.numbers_of(cases["off_rl"], -1, real.SHOWN)[0]
     assert f"| `off_rl` | 2 | {cell} |" in text and f"[nats]: {lower:#.3g}" in text
     assert "| `topr` | 0 | not run |" in text and text.count("**not run**") == 3  # R2, R3, R4
     capsys.readouterr()
@@ -93,6 +93,7 @@ def test_a_second_command_repeats_nothing(small, tmp_path):
     shutil.rmtree(tmp_path / "runs" / "sums" / "runs")
     small("off_rl")  # the tables hold its runs
     assert not list((tmp_path / "runs").rglob("log.csv")) and (folder / "curves.csv").read_text() == before
+    assert {run.experiments for run in read_folder(folder)} == {("sums",)}  # of which these runs stay
 
 
 def test_a_forecast_is_measured_against_the_later_policy(small):

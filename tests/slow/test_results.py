@@ -41,18 +41,19 @@ def add_extrapolation(folder, ratio, gain):
 # --- the tables
 
 
-def test_each_row_is_named_by_the_digest_of_its_settings():
-    rows = results.read_rows(FOLDER / "runs.csv")
+@pytest.mark.parametrize("folder, least", [(FOLDER, 346), (Path("results"), 1000), (Path("results/smollm2"), 50)])
+def test_each_row_is_named_by_the_digest_of_its_settings(folder, least):
+    rows, runs = results.read_rows(folder / "runs.csv"), results.read_folder(folder)
     ids = {row["id"] for row in rows}
-    assert len(ids) == len(rows) == len(RUNS) == 346 and all(row["experiments"] for row in rows)
-    for run in RUNS:
+    assert len(ids) == len(rows) == len(runs) >= least and all(row["experiments"] for row in rows)
+    for run in runs:
         assert run.folder.name == tables.identity(run.config) and run.config["environment"]["threads"] == 1
-    for name in ("curves", *results.TABLES):
-        assert results.read_table(FOLDER / f"{name}.csv").keys() <= ids
+    for name in ("curves", *(table for table in results.TABLES if (folder / f"{table}.csv").exists())):
+        assert {*results.read_table(folder / f"{name}.csv")} <= ids
 
 
 def test_the_tables_are_small_and_two_runs_answers_are_kept():
-    assert all(path.stat().st_size < 5e6 for path in FOLDER.rglob("*") if path.is_file())
+    assert all(path.stat().st_size < 5e6 for path in Path("results").rglob("*") if path.is_file())
     assert {path.name for path in (FOLDER / "samples").iterdir()} == {"off_rl.txt", "fpa.txt"}
 
 

@@ -1,8 +1,10 @@
 """study/rule.py by hand, study/verdicts.py on made-up runs, and docs/protocol.md, which does not change."""
 
+import csv
 import hashlib
 import math
 import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pytest
 from scipy import stats
 
 from losses import LOSSES
-from study import experiments, real, results, rule, scale, tune, verdicts
+from study import experiments, real, results, rule, scale, sections, tune, verdicts
 from study.rule import Claim, Measured
 
 PAGE = Path("docs/protocol.md").read_text()
@@ -34,6 +36,28 @@ def test_the_rule_and_the_claims_are_those_that_were_committed_before_the_runs()
     assert hashlib.sha256(of_real.encode()).hexdigest()[:16] == "439caefeec17a58e", "the rule has moved"
 
 
+def test_the_protocol_is_that_commits_and_the_code_has_its_numbers():
+    """docs/contributing.md names the commit; where the history is there, its page is compared, elsewhere the page's digest."""
+    (commit,) = re.findall(r"protocol\.md\]\(protocol\.md\) is of commit `(\w+)`", Path("docs/contributing.md").read_text())
+    page = PAGE.partition("## The real model")[0]
+    assert hashlib.sha256(page.encode()).hexdigest()[:16] == "4c3e30362792018f", "the protocol has moved"
+    shown = subprocess.run(["git", "show", f"{commit}:docs/protocol.md"], capture_output=True, text=True)
+    assert shown.returncode or shown.stdout.strip() == page.strip()
+    text = " ".join(page.split())
+    lr = " to ".join(f"{end:.0e}".replace("e-0", "e-") for end in tune.LR)
+    assert f"draws {tune.SETTINGS} settings: the learning rate log-uniform from {lr}," in text
+    first, rest, rounds = "two", {3: "three"}[tune.KEPT], {3: "three"}[tune.ROUNDS]
+    assert f"trained on {first} seeds, and the best {rest} on {rest} more. The best mean over five seeds" in text
+    assert len(tune.SEEDS) == 5 and tune.SEEDS[:2] == experiments.GRID_SEEDS
+    assert f"within a factor of {tune.MARGIN:g} of an end of its range, this end moves by a factor of {tune.GROWTH:g}." in text
+    assert f"Then {tune.SETTINGS} more settings are drawn. There are at most {rounds} rounds." in text
+    assert experiments.RATES == pytest.approx([5e-5 * 2**i for i in range(7)])
+    assert "the same grid: seven rates from 5e-5 to 3.2e-3, a factor of 2 apart, on the seeds 1000 and 1001" in text
+    assert f"eight seeds {results.SEEDS[0]} to {results.SEEDS[-1]} serve the claims" in text and len(results.SEEDS) == 8
+    assert f"seeds {tune.SEEDS[0]} to {tune.SEEDS[-1]} tune" in text and f"At {rule.ALPHA} a claim" in text
+    assert text.count(f"within {rule.LEVEL} of the bound") == 2
+
+
 @pytest.mark.parametrize(
     "values, side, bound, p_for, p_flip",
     [
@@ -43,6 +67,7 @@ def test_the_rule_and_the_claims_are_those_that_were_committed_before_the_runs()
         ([-1, 1], ">", 0, 0.5, 3 / 4),
         ([2, 2, 2], ">", 1, 0.0, 1 / 8),
         ([2, 2, 2], ">", 2, 1.0, 1),
+        ([1, 2, 3, 4, 5, 6, 7, 8], ">", 0, 0.00063, 1 / 256),  # t = 4.5 / (2.449 / √8) = 5.196, seven degrees of freedom
     ],
 )
 def test_p_by_hand(values, side, bound, p_for, p_flip):
@@ -57,6 +82,12 @@ def test_a_ratio_is_tested_by_its_logarithm():
     assert made.p_for == pytest.approx(stats.ttest_1samp(logs, 0, alternative="less").pvalue)
     mean, half = results.mean_and_interval(logs)
     assert str(made).startswith(f"x: 0.250, {math.exp(mean - half):#.3g} to {math.exp(mean + half):#.3g} (claim: < 1)")
+    assert made.p_flip == 1 / 8 and str(made).endswith(f", p {made.p_for:.2g}, exact 0.12")
+
+
+def test_a_number_that_a_seed_lacks_is_said():
+    assert str(number([0.1, np.nan, 0.2], ">")) == "x: not finite on 1 of 3 seeds (claim: > 0)"
+    assert str(number([0.1, np.inf, np.nan], ratio=True)) == "x: not finite on 2 of 3 seeds"
 
 
 def test_equivalence_is_two_one_sided_tests():
@@ -67,6 +98,15 @@ def test_equivalence_is_two_one_sided_tests():
     upper = stats.ttest_1samp(near, 0.03, alternative="less").pvalue
     lower = stats.ttest_1samp(near, -0.03, alternative="greater").pvalue
     assert number(near, "≈").p_for == pytest.approx(max(upper, lower))
+    assert str(number(near, "≈")).endswith(f"(claim: ≈ 0), p {max(upper, lower):.2g}")
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.02, 0.03, 0.05, 0.1])
+def test_level_is_a_90_percent_interval_within_the_margin(spread):
+    values = spread * (np.arange(8) - 3.5)
+    for made, logs in ((number(values, ">"), values), (number(np.exp(values), "<", 1, ratio=True), values)):
+        half = stats.t.ppf(0.95, 7) * logs.std(ddof=1) / np.sqrt(8)
+        assert made.is_level == (half <= 0.03)
 
 
 def test_a_claim_holds_where_all_its_numbers_do_and_fails_where_one_fails():
@@ -102,6 +142,8 @@ def test_the_five_verdicts():
         "not run": number([], ">"),
     }
     assert rule.verdicts({name: Claim("", [m], "") for name, m in made.items()}) == {name: name for name in made}
+    both = Claim("", [made["level"], made["undecided"]], "")  # one level number of two makes no level claim
+    assert rule.verdicts({"x": both}) == {"x": "undecided"}
 
 
 # --- the claims on made-up runs
@@ -186,7 +228,11 @@ def test_every_claim_measures_what_it_says():
         assert [m.values.mean() for m in claim.measured] == pytest.approx(EXPECTED[name], abs=4e-4), name
         assert claim.seeds == [8] and set(claim.experiments.split()) <= {*experiments.EXPERIMENTS, "scale"}
     never = run_of(0.5, seconds=[1.0, 2.0, 3.0], **{"accuracy_0.7": [0.4, 0.6, 0.5]})
-    assert verdicts.reached(never, "seconds") == 3
+    slow = run_of(0.8, seconds=[1.0, 2.0, 9.0], **{"accuracy_0.7": [0.4, 0.6, 0.8]})
+    assert verdicts.cost(never, "seconds") == 3
+    # a run of ours that never gets there is not cheaper, though it ended sooner
+    assert verdicts.costs({0: never, 1: slow, 2: slow}, {0: slow, 1: never, 3: slow}, "seconds").tolist() == [1, 3]
+    assert verdicts.costs({0: slow}, {0: slow}, "seconds") == [1] and verdicts.costs({0: never}, {0: never}, "seconds") == [1]
     words = rule.verdicts(found)
     assert {name for name, word in words.items() if word == "contradicted"} == {"C11", "C15", "N4"}
     assert {word for word in words.values()} == {"supported", "contradicted"}
@@ -203,18 +249,62 @@ def test_one_seed_less_is_said_and_a_family_without_a_choice_is_not_run():
     assert text.count("not run") == len(tune.FAMILIES)
 
 
-def test_runs_that_never_get_there_and_machines_are_counted():
+def test_the_best_rate_is_chosen_on_the_seeds_that_all_rates_have():
+    made, _ = made_up()
+    first, *_, last = (made["rates", f"{lr:g}"] for lr in experiments.RATES)
+    first[8] = run_of(9.0)  # a seed of one rate alone
+    assert verdicts.best_of_rates(verdicts.Runs(made)) == "0.0032"
+    first.clear()
+    assert verdicts.best_of_rates(verdicts.Runs(made)) is None
+
+
+def test_the_tables_of_what_was_chosen_by_hand():
+    """From the CSV files: FPA's chosen setting on the tuning seeds, and what the base models of the claims' seeds are."""
+    rows, curves = (list(csv.DictReader(open(f"results/{name}.csv"))) for name in ("runs", "curves"))
+    by_id = {}
+    for row in curves:
+        by_id.setdefault(row["id"], []).append(row)
+    same = {"loss": "fpa", "lr": "2.1e-05", "lam": "5.9", "target": "incorrect", "schedule": "", "task": "habit"}
+    chosen = [by_id[row["id"]] for row in rows if same.items() <= row.items() and "tune-fpa" in row["experiments"].split()]
+    assert len(chosen) == 5
+    ratios = [
+        np.mean([float(row["coefficient_incorrect"]) / float(row["coefficient_correct"]) for row in log[1:]]) for log in chosen
+    ]
+    names = "accuracy_0.7", "accuracy", "accuracy_greedy", "pass@16", "entropy", "logratio_correct_p5"
+    cells = [*([float(log[-1][name]) for log in chosen] for name in names), ratios]
+    text = Path("results/results.md").read_text()
+    shown = " | ".join("{:.3f} ± {:.3f}".format(*results.mean_and_interval(values)) for values in cells)
+    assert f"| `fpa` | {shown} |" in text
+    bases = [row for row in rows if "rates" in row["experiments"].split() and float(row["lr"]) == 5e-5]
+    cells = [[float(by_id[row["id"]][0][f"test_{name}"]) for row in bases] for name in names[:-1]]
+    cells += [[float(row[f"measured.{name}"]) for row in bases] for name in ("share_correct", "shared_tokens", "common_prefix")]
+    shown = " | ".join("{:.3f} ± {:.3f}".format(*results.mean_and_interval(values)) for values in cells)
+    assert f"| `habit` | {shown} |" in text and len(bases) == 8
+
+
+def test_runs_that_never_get_there_are_counted():
     runs, _ = made_up()
     runs["final", "off_rl"] = {seed: run_of(0.2, at=300 if seed < 3 else 100) for seed in range(8)}
     runs["final", "grpo"][5] = run_of(0.5)
     said = "3 of 8 of off_rl (N3), 0 of 8 of fpa (N3), 0 of 8 of fpa (C14b), 1 of 8 of grpo (C14b)."
-    assert verdicts.never(runs) == f"Runs that never get there, and count with their last step: {said}\n\n"
+    larger = "FPA's in C14b with GRPO's cost if this is larger"
+    assert verdicts.never(runs) == f"Runs that never get there, and count with their last step, {larger}: {said}\n\n"
     assert verdicts.never({}) == ""
-    made = {("final", "fpa"): "aab", ("final", "sft"): "b", ("slips", "fpa"): "a", ("slips", "sft"): ""}
-    made = {
-        case: {i: SimpleNamespace(config={"environment": {"cpu": cpu}}) for i, cpu in enumerate(s)} for case, s in made.items()
-    }
-    assert verdicts.machines_table(made).splitlines()[2:] == ["| final | 2 a, 2 b |", "| slips | 1 a |"]
+
+
+def test_which_machines_made_a_claims_runs_is_said():
+    def of(cpu, *experiments):
+        return SimpleNamespace(config={"environment": {"cpu": cpu}}, experiments=experiments)
+
+    made = {("final", "fpa"): "aab", ("final", "sft"): "b", ("slips", "fpa"): "a", ("slips", "sft"): "", ("rates", "1"): "a"}
+    made = {case: dict(enumerate(map(of, kinds))) for case, kinds in made.items()}
+    searched = {"1": of("b", "tune-fpa"), "2": of("a", "tune-fpa"), "3": of("a", "tune-sft", "final")}
+    rows = ["final | 2 a: fpa; 2 b: fpa, sft", "slips | 1 a", "rates | 1 a", "tune-fpa | 1 a; 1 b", "tune-sft | 1 a"]
+    assert sections.machines_table(made, searched).splitlines()[2:] == [f"| {row} |" for row in rows]
+    claims = {"A": "final rates", "B": "slips rates", "C": "slips"}
+    claims = {name: Claim("", [number([1.0])], experiments) for name, experiments in claims.items()}
+    assert sections.of_several_kinds(claims, made) == ["A"]
+    assert sections.of_several_kinds({"D": Claim("", [number([])], "final")}, made) == []  # a claim without numbers
 
 
 def test_names_of_cases_are_those_of_the_experiments(monkeypatch):
@@ -243,10 +333,12 @@ def test_results_md_is_that_of_the_tables():
     assert Path("results/results.md").read_text() == verdicts.results(Path("results"))
 
 
-def test_the_program_in_the_docs_finds_the_same_p(capsys):
+def test_the_program_in_the_docs_finds_the_same_p_and_verdicts(capsys):
     (program,) = re.findall(r"```python\n(import csv.*?)```", Path("docs/contributing.md").read_text(), flags=re.S)
     exec(compile(program, "contributing.md", "exec"), {})
     text = Path("results/results.md").read_text()
     stated = {line[2:4]: re.findall(r", p ([^,]+), exact", line) for line in text.splitlines() if line[:3] in ("| C", "| N")}
-    printed = {claim: p for claim, *p in map(str.split, capsys.readouterr().out.splitlines())}
-    assert printed.keys() == {"C8", "C9", "N2"} and all(stated[claim] == p for claim, p in printed.items())
+    verdict = {line[2:4]: re.search(r"\*\*(.*?)\*\*", line)[1] for line in text.splitlines() if line[:3] in ("| C", "| N")}
+    printed = {claim: (p, word) for claim, *p, word in map(str.split, capsys.readouterr().out.splitlines())}
+    assert printed == {claim: (stated[claim], verdict[claim]) for claim in ("C8", "C9", "N2")}
+    assert f"multiplies p by {rule.COUNT}, the number of claims" in Path("docs/contributing.md").read_text()
