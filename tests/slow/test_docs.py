@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import full_scale.train
 import losses
@@ -531,8 +532,14 @@ def test_the_tables_of_cases_at_their_own_rates_are_those_of_results_md(heading,
 def test_what_is_said_of_the_coefficients_scale():
     page, (adamw, sgd) = flowing(Path("docs/method.md")), studied()[1]["N5"].measured
     said = ["{:.3f} ± {:.3f}".format(*results.mean_and_interval(number.values)) for number in (adamw, sgd)]
-    assert f"the final accuracy by {said[0]}. Under plain" in page and f"it changes the accuracy by {said[1]}. The" in page
+    assert f"the final accuracy by {said[0]}. Clipping" in page and f"it changes the accuracy by {said[1]}. The" in page
     assert max(map(verdicts.metric, studied()[0]["scale", "SGD, mean 1"])) == 0 and len(sgd.values) == 8
+    ranges = [
+        f"{min(norms):.3f} to {max(norms):.3f}"
+        for case in ("AdamW, mean 1", "AdamW")
+        for norms in [[run.log["grad_norm"][-1] for run in studied()[0]["scale", case]]]
+    ]
+    assert "norm is {} in the mean of a run there, and {} without the division.".format(*ranges) in page
     assert rule.verdicts(studied()[1])["N5"] == "supported" and "N5 of protocol.md" in re.sub(r"\[|\]\([^)]*\)", "", page)
     skipped = min(run.log["skipped"][-1] for run in studied()[0]["scale", "SGD, mean 1"])
     assert f"at least {skipped:.0f} of 1,000 steps are skipped" in page
@@ -607,7 +614,7 @@ def test_what_is_said_of_the_searches():
     chosen, mean = score("fpa")
     said = f"FPA scores {mean:.3f} at its best setting, λ = {chosen['lam']:g} on incorrect rows only, at {chosen['lr']:g}."
     assert chosen["target"] == "incorrect" and chosen["lr"] < min(experiments.RATES) and said in page
-    searched = "power sharpened topr sft constant future_topr nsr grpo kto asymre a_star_po dpo"
+    searched = "power sharpened topr sft constant future_topr nsr grpo kto asymre a_star_po dpo simper"
     found = {name: score(name) for name in searched.split()}
     assert min(found[name][1] for name in ("sharpened", "power", "kto")) > mean and "and KTO above FPA, on the" in page
     scored = {name: f"{mean:.3f}" for name, (_, mean) in found.items()}
@@ -623,7 +630,18 @@ def test_what_is_said_of_the_searches():
     assert len(others) == 11 and not any(of_seed(settings, seed) for settings in others for seed in tune.SEEDS)
     assert "samples its answers as it learns, scores {grpo}.".format(**scored) in page
     assert "AsymRE scores {asymre}. Its baseline is {:g} below the".format(found["asymre"][0]["shift"], **scored) in page
-    assert "PO scores {a_star_po} at β = {:g}. On".format(found["a_star_po"][0]["beta"], **scored) in page
+    beta = found["a_star_po"][0]["beta"]
+    assert "PO scores {a_star_po} at β = {:g}. ".format(beta, **scored) in page
+    marks = [
+        f"*Weakened*: tuned on `habit`, the constant scores {{constant}}, and FPA {mean:.3f}.",
+        f"*Weakened*: tuned on `habit`, FPA scores {mean:.3f}, and SFT {{sft}}.",
+        "On `habit` plain DPO scores {dpo} at a tenth of this rate.",
+        f"PO: tuned on `habit`, it scores {{a_star_po}}, at β = {beta:g}.",
+    ]
+    assert all(mark.format(**scored) in page for mark in marks) and page.count("*Weakened*") + page.count("*Overturned*") == 4
+    assert claims.claims(runs())["C7"] and found["dpo"][0]["lr"] == pytest.approx(5e-5 / 10, rel=0.05)
+    method = flowing(Path("docs/method.md"))
+    assert f"On the seeds that tune, FPA scores {mean:.3f} and TOPR {{topr}}.".format(**scored) in method
 
     dpo, of_seed = found["dpo"][0], tune.scores("dpo", held())
     rounds = tune.search("dpo", of_seed).asked
@@ -633,17 +651,69 @@ def test_what_is_said_of_the_searches():
     assert f"DPO scores {scored['dpo']} {said}" in page and len(rounds) == 2 and best == 2 * tune.LR[0]
 
 
-def test_what_is_said_of_the_search_that_goes_on():
+def test_what_is_said_of_pairs_of_one_problem():
     page = flowing(Path("docs/findings.md"))
     of_seed = {name: tune.scores(name, held()) for name in ("simper", "off_rl")}
-    assert tune.search("simper", of_seed["simper"]).chosen is None
+    found = tune.search("simper", of_seed["simper"])
+    assert found.chosen["schedule"] == "constant"
+    assert f"SimPER scores {found.score:.3f} at a constant rate of {found.chosen['lr']:g}. It has" in page
+    drawn = [settings for some in found.asked for settings in some if settings["lr"] <= 2.9e-3]
+    means = [np.mean([of_seed["simper"](settings, seed) for seed in experiments.GRID_SEEDS]) for settings in drawn]
+    assert min(means) > 0.46 and max(settings["lr"] for settings in drawn) == 2.9e-3 and len(drawn) == 22
     at_rate = [
         of_seed[name]({"lr": lr, "schedule": "constant"}, seed)
         for name, lr in (("simper", 2.1e-4), ("off_rl", 1.9e-4))
         for seed in experiments.GRID_SEEDS
     ]
-    said = "0.00021 it scores {:.3f} and {:.3f} on two seeds. Off-RL at 0.00019 scores {:.3f} and {:.3f} on these."
+    said = "At 0.00021 it scores {:.3f} and {:.3f} on two seeds. Off-RL at 0.00019 scores {:.3f} and {:.3f} on these."
     assert said.format(*at_rate) in page
+
+
+def test_what_is_said_of_the_chosen_settings():
+    page = flowing(Path("docs/findings.md"))
+    searches = {name: tune.search(name, tune.scores(name, held())) for name in tune.FAMILIES}
+    chosen = {name: some for name, some in sections.chosen_runs(searches, held()).items() if not LOSSES[name].online}
+    ratio = {name: np.mean([results.ratio_of_coefficients(run) for run in some]) for name, some in chosen.items()}
+    tail = {name: np.mean([run.log["logratio_correct_p5"][-1] for run in some]) for name, some in chosen.items()}
+
+    def rank(names):
+        return stats.spearmanr([ratio[name] for name in names], [searches[name].score for name in names])[0]
+
+    said = f"Over the {len(chosen)} offline families the rank correlation of ratio and score is {rank([*chosen]):.2f}, and"
+    assert said in page
+    without = rank([name for name in chosen if name != "sft"])
+    assert f"{without:.2f} without SFT, whose ratio is 0." in page and ratio["sft"] == 0
+    both = (
+        "DPO's ratio is {dpo:.3f} and A\\*-PO's is {a_star_po:.3f}, and both score above Off-RL, whose ratio is {off_rl:.3f}. "
+    )
+    assert both.format(**ratio) in page
+    assert min(searches[name].score for name in ("dpo", "a_star_po")) > searches["off_rl"].score
+    said = "log-ratios is {kto:.1f} nats under KTO and {sharpened:.1f} under `sharpened`."
+    assert said.format(**tail) in page and {"kto", "sharpened"} == {*sorted(tail, key=tail.get)[:2]} <= {*[*chosen][:3]}
+    said = "Its ratio of the weights is {future_topr:.3f} over training, and TOPR's is {topr:.3f}."
+    assert said.format(**ratio) in page
+    assert "is {future_topr:.3f} nats under future TOPR, and {sft:.3f} under SFT.".format(**tail) in page
+
+
+def test_what_is_said_of_claims_that_are_yet_to_run():
+    page, words = flowing(Path("docs/findings.md")), rule.verdicts(studied()[1])
+    assert {words[name] for name in ("C6", "C12", "N3")} == {"not run"}
+    fpa, off_rl = (tune.search(name, tune.scores(name, held())).chosen for name in ("fpa", "off_rl"))
+    best = float(verdicts.best_of_rates(verdicts.Runs(verdicts.study(held()))))
+    assert f"rate from 5e-5 to 3.2e-3. This is {3.2e-3:g}".replace("0.0032", "3.2e-3") in page and best == 3.2e-3
+    assert f"own rate is {fpa['lr']:g}. So C12" in page and off_rl["lr"] < min(experiments.RATES) and best > fpa["lr"]
+    assert (off_rl["schedule"], fpa["schedule"]) == ("linear", "constant")
+    assert "Off-RL's ratio is 0.940 over training, so" in page  # test_what_is_said_of_the_chosen_settings has the number
+
+
+def test_other_machines_made_the_same_rollouts_for_c8_and_c9():
+    text, by_seed = Path("results/results.md").read_text(), {}
+    assert "The runs of C8, C9 come from several kinds of CPU." in text
+    assert re.search(r"(?m)^\| lambda \| 8 [^;]*: λ = 0; 40 ", text)
+    for case in (*(("lambda", f"λ = {lam}") for lam in experiments.LAMBDAS), ("targets", "correct"), ("targets", "incorrect")):
+        for run in studied()[0][case]:
+            by_seed.setdefault(run.config["seed"], set()).add(run.config["measured"]["share_correct"])
+    assert len(by_seed) == 8 and all(len(shares) == 1 for shares in by_seed.values())
 
 
 def test_what_is_said_of_the_ratio_of_the_weights():
@@ -673,6 +743,8 @@ def test_what_is_said_of_the_forecast_on_habit():
         mean, low, high = re.fullmatch(r"(\S+), (\S+) to (\S+)", number).groups()
         assert phrase.format(mean) in page and f"from {low} to {high}" in page, number
     straight = [number.split()[0] for number in numbers[4:]]
+    said = f"up to step 960, R² is {straight[1]} at a rate of 2e-5 and {straight[3]} at 2e-4."
+    assert said in flowing(Path("docs/method.md"))
     assert f"up to step 960 is {straight[3]}, and {straight[1]} at 2e-5" in page
     ends = [np.mean([run.log["test_accuracy_0.7"][-1] for run in extrapolated(lr)]) for lr in ("0.0002", "2e-05")]
     assert "ends at {:.3f} at 2e-4 and at {:.3f} at 2e-5".format(*ends) in page

@@ -333,6 +333,8 @@ def test_what_is_said_of_its_forecasts():
         f"It is {straight} up to step 30 of the 40 steps at 1e-6, and {mean['slow_long_forecast', 50][-1]} up to step 150"
         in prose
     )
+    r2 = mean["slow_long_forecast", 50][-1].split()[0]
+    assert f"with an R² of {r2} is no forecast for λ = 2." in flowing(Path("docs/method.md"))
     near, near_line, far, far_line, _ = found["slow_long_forecast", 50]
     said = "The number is {}. For λ = 1 it is {}, so".format(*(cell.replace(", ", ", from ") for cell in (far, near)))
     (low, high), lowest = (float(x) for x in near.split(", ")[1].split(" to ")), float(far.split(", ")[1].split(" to ")[0])
