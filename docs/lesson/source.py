@@ -272,7 +272,7 @@ if guessed(base_guess, later_guess, fastest_guess):
 # %% [markdown]
 # ## 4. How does FPA brake? (20 min)
 #
-# What decides is C_l against C_w. Off-RL's weight π̄ falls only as fast as the answer does. Future Policy Approximation asks
+# What counts is C_l against C_w. Off-RL's weight π̄ falls only as fast as the answer does. Future Policy Approximation asks
 # how probable the answer *will* be if the policy goes on as it has gone so far. h are the policy's logits, and h_ref the base
 # model's. The *future policy* is π̂ = softmax(ĥ), with ĥ = h + λ (h − h_ref).
 #
@@ -378,9 +378,9 @@ if guessed(at_80_guess, at_10_guess):
         compare(guess, "nearer" if ratios[t] < 1 else "farther", f"π̂ of step {t}")
 
 # %% [markdown]
-# So *future policy* is a name for the first steps only. Later it is no forecast, and FPA works all the same. What remains is
-# a brake that tightens with the distance from the base model. DPO has such a brake too. Its gradient on a pair has the
-# coefficient β σ(β(Δ_l − Δ_w)), where Δ is a log-ratio and σ the logistic function.
+# So at this learning rate, 2e-4, π̂ is a forecast in the first steps only, and FPA gains after them too. At 2e-5 π̂ is a
+# forecast up to step 160. At both rates FPA is a brake that tightens with the distance from the base model. DPO has such a
+# brake too. Its gradient on a pair has the coefficient β σ(β(Δ_l − Δ_w)), where Δ is a log-ratio and σ the logistic function.
 #
 # **Exercise `dpo_brake`** · easy · 4 min · 10 points. Write this coefficient, of three numbers. Use `math.exp` or torch.
 
@@ -450,7 +450,7 @@ check("find_the_bug", found)
 # END SOLUTION *Your sentence:*
 
 # %% [markdown]
-# ## 7. What collapses, and why? (4 min)
+# ## 7. What collapses at 2e-4, and why? (4 min)
 #
 # Answer in two sentences. Name your own curve as evidence.
 #

@@ -755,6 +755,8 @@ def test_what_is_said_of_the_forecast_on_habit():
     assert "rises from {:.3f} at step 100 to {:.3f} at the end".format(*rises) in page and rises[0] < rises[1]
     limits = {"0.0002": (15, 30), "2e-05": (160, 320)}
     assert all("π̂ is a forecast up to t = {}, and no more at t = {}.".format(*some) in page for some in limits.values())
+    lesson = " ".join(Path("docs/lesson/source.py").read_text().replace("\n# ", " ").split())
+    assert f"At 2e-5 π̂ is a forecast up to step {limits['2e-05'][0]}." in lesson
     for lr, (known, unknown) in limits.items():  # README.md too; the mean over seeds, along t' = (1 + λ) t
         found = [results.extrapolated(run) for run in extrapolated(lr)]
         for t, later, lam in found[0]:
