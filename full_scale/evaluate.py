@@ -15,7 +15,6 @@ from plumbing.flags import command_line
 from plumbing.log import pass_at
 
 from . import rollouts
-from .verdict import vote
 
 
 def by_problem(rows, values):
@@ -50,9 +49,12 @@ def mean_and_error(values):
     return np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
 
 
-def report(rows, strict=False):
-    """A line of pass@1, and one for each power of two up to the number of samples, and for that number."""
-    problems = by_problem(rows, [row["label"] or vote(row, strict) for row in rows])
+def report(rows, votes):
+    """A line of pass@1, and one for each power of two up to the number of samples, and for that number.
+
+    A row's vote is what its answer is counted as (`gym.vote`).
+    """
+    problems = by_problem(rows, [row["label"] or vote for row, vote in zip(rows, votes, strict=True)])
     n, one = min(map(len, problems)), len(problems) == 1
 
     def shown(name, k):

@@ -22,7 +22,6 @@ from .policy import completion_hidden, head_of
 from .processes import by_first, say
 from .prompts import ChatTokenizer
 from .rollouts import ASKED, answer_of, beside_of, ends_of, prepare, prompts_of, read_problems, sample_each
-from .verdict import final_answer
 
 PASS_AT = (4, 16)  # the k of pass@k, where there are so many samples
 MOST_SAMPLES = 48  # of a problem at temperature 1, so that all of its answers are sampled at once
@@ -47,15 +46,15 @@ class Exam:
             self.tokenizer = ChatTokenizer(folder)
             self.texts = prepare(self.tokenizer, self.asked, date)
             texts = [self.tokenizer.ask(problem, self.asked.system, self.asked.shots) for problem, _ in self.problems]
+            self.prompts = [ids for _, ids in prompts_of(texts, self.tokenizer, self.asked.max_tokens, say)]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise UserError(f"{path}: does not say how these rollouts were asked; full_scale.rollouts writes it") from None
-        self.prompts = [ids for _, ids in prompts_of(texts, self.tokenizer, self.asked.max_tokens, say)]
         trained = {tuple(ids[:start].tolist()) for ids, start in zip(data.tokens, data.prompt_length)}
         if known := sum(tuple(prompt) in trained for prompt in self.prompts):
             raise UserError(f"{args.eval_problems}: {known} of {len(self.prompts)} problems are in {args.data} too")
         self.samples, self.micro_batch = args.eval_samples, args.micro_batch
         self.before = {}  # {seed: the checkpoint's columns}
-        asked = digest([self.prompts, made["asked"]])
+        asked = digest([self.prompts, made["asked"], [gold for _, gold in self.problems]])
         self.settings = {"eval_problems": len(self.prompts), "eval_samples": self.samples, "exam": asked}
 
     def __call__(self, step, model, run, device):
@@ -86,7 +85,8 @@ class Exam:
         right = torch.tensor([[gym.is_right(gold, *a) for a in some] for some, (_, gold) in zip(read, self.problems)]).float()
         warm, cool, greedy = right.split([self.samples, right.shape[1] - self.samples - 1, 1], dim=1)
         columns = {"accuracy": warm.mean().item(), "accuracy_0.7": cool.mean().item(), "accuracy_greedy": greedy.mean().item()}
-        columns["malformed"] = sum(final_answer(*a) is None for some in read for a in some[: self.samples]) / warm.numel()
+        lost = [gym.stated(gold, *a) is None for some, (_, gold) in zip(read, self.problems) for a in some[: self.samples]]
+        columns["malformed"] = sum(lost) / warm.numel()
         for k in (k for k in PASS_AT if k <= self.samples):
             chances = [pass_at(k, self.samples, int(count)) for count in warm.sum(1)]
             columns[f"pass@{k}"] = sum(chances) / len(chances)

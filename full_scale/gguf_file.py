@@ -36,7 +36,7 @@ def read_file(path):
     """(metadata, tensors) of a file; only what is read from it later takes memory. Raises UserError."""
     metadata, _ = raising(read_gguf_metadata, path)
     kind = metadata["general.architecture"]
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(f"{path}: architecture {shown(kind)} is not supported, only {', '.join(ARCHITECTURES)}")
     layers = metadata.get(f"{kind}.block_count")
     if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
@@ -98,7 +98,8 @@ def tensors(path, wanted):
     """The wanted tensors of a file, dequantised to float32 -> pairs (published name, tensor). Raises UserError."""
     entries, metadata = stored(path, wanted)
     kind, (query, key) = metadata["general.architecture"], ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
-    heads = {query: metadata.get(f"{kind}.attention.head_count"), key: metadata.get(f"{kind}.attention.head_count_kv")}
+    count = metadata.get(f"{kind}.attention.head_count")
+    heads = {query: count, key: metadata.get(f"{kind}.attention.head_count_kv", count)}
     for name in wanted:
         values = raising(lambda _: gguf.dequantize(entries[name].data, entries[name].tensor_type), path)  # noqa: B023
         tensor, layer = torch.from_numpy(np.array(values, np.float32)), name.split(".", 3)[-1]

@@ -17,10 +17,12 @@ import re
 from plumbing.files import UserError, field, one_line, printable_path, shown, write_text
 from plumbing.flags import NO_DEFAULT, command, command_line, count, natural, nearest
 
-from .verdict import LONGEST, final_answer, is_correct, plain
+from . import verdict
+from .verdict import LONGEST, final_answer, is_correct, number, plain
 
 HARMLESS = re.compile(r"[\w\s.,:;%/+-]*")  # no brackets, quotes, powers or products: as code it calls nothing, and is short
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)  # as the library's own prompts ask for it
+ENDLESS = re.compile(r"[eE][+-]?\d{4}")  # 1e10000000, which a verifier would write out
 DRAWS = 20  # for each problem that is wanted, since some come twice
 
 
@@ -71,7 +73,7 @@ def problem_of(task, config, index):
 
 def full_marks(gym, answer):
     """Whether the verifier of a problem, the value of a line's `gym`, gives an answer its highest mark."""
-    if len(answer) > LONGEST or not HARMLESS.fullmatch(answer):
+    if len(answer) > LONGEST or not HARMLESS.fullmatch(answer) or ENDLESS.search(answer):
         return False
     problem = problem_of(**gym)
     try:
@@ -113,14 +115,27 @@ def read(line):
     return asked, {"answer": problem["answer"], **gym}
 
 
+def stated(gold, completion, finished=False, strict=False):
+    """The answer that a completion states, as verdict.final_answer; to a problem of the library, what the last tags hold."""
+    tagged = [] if strict or isinstance(gold, str) else TAGGED.findall(completion)
+    return tagged[-1] if tagged else final_answer(completion, finished, strict)
+
+
 def is_right(gold, completion, finished=False, strict=False):
     """Whether a completion answers rightly: by a problem's own verifier, where gold is `read`'s, else as verdict.is_correct."""
     if isinstance(gold, str):
         return is_correct(gold, completion, finished, strict)
     gym = {name: gold[name] for name in ("task", "config", "index")}
-    tagged = [] if strict else TAGGED.findall(completion)
-    answer = tagged[-1] if tagged else final_answer(completion, finished, strict)
+    answer = stated(gold, completion, finished, strict)
     return answer is not None and any(full_marks(gym, text) for text in (answer.strip(), plain(answer)))
+
+
+def vote(gold, row, strict=False):
+    """verdict.vote of a rollout; to a problem of the library, whose answers may be sentences, the words of its answer."""
+    if isinstance(gold, str):
+        return verdict.vote(row, strict)
+    answer = stated(gold, row["completion"], row["finished"], strict)
+    return None if answer is None else number(answer) or plain(answer).casefold()
 
 
 # --- the command

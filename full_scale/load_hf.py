@@ -263,8 +263,8 @@ def run(argv=None):
         model, tokenizer = load_pretrained(folder, torch.float32 if device == "cpu" else torch.bfloat16, device)
         prompt = torch.tensor([tokenizer.encode(tokenizer.ask(args.prompt), tokenizer.plain)], device=device)
         stops = torch.tensor(sorted(tokenizer.stops), device=device)
-        answer = model.generate(prompt, args.tokens, stops, tokenizer.eos, temperature=0)[0].tolist()
-        print(f"\n{args.prompt}\n  {tokenizer.decode(answer).strip()}")
+        answer = model.generate(prompt, args.tokens, stops, -1, temperature=0)[0].tolist()
+        print(f"\n{args.prompt}\n  {tokenizer.decode([token for token in answer if token >= 0]).strip()}")
 
 
 if __name__ == "__main__":

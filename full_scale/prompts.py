@@ -38,6 +38,8 @@ class ChatTokenizer:
             raise UserError(f"{folder / 'config.json'}: vocab_size is {shown(self.vocab_size)}, not a whole number")
         if not all(type(token) is int and 0 <= token < self.vocab_size for token in ids):
             raise UserError(f"{folder}: eos_token_id is {shown(ids)}, not one or several token ids")
+        if own is not None and own >= self.vocab_size:
+            raise UserError(f"{folder}: the tokenizer's eos_token is token {own}, and the vocabulary is of {self.vocab_size:,}")
         self.stops = {*ids, *([] if own is None else [own])}
         if not self.stops:
             raise UserError(f"{folder}: no eos_token_id in generation_config.json or config.json, no eos_token")
@@ -119,7 +121,7 @@ class ChatTokenizer:
 
     # --- the chat template
 
-    def written(self, messages, **words):
+    def written(self, messages, /, **words):
         """What the chat template makes of messages. Raises UserError."""
         templates, words = self.tokenizer.chat_template, {**self.template_args, **words}
         if not templates:
@@ -135,14 +137,14 @@ class ChatTokenizer:
         except Exception as error:  # a template can fail in any way
             raise UserError(f"the chat template refuses these messages: {one_line(error, '')}") from None
 
-    def tells(self, text, messages, **words):
+    def tells(self, text, messages, /, **words):
         """Whether these messages are written otherwise than as `text`, or not at all, because the template needs the rest."""
         try:
             return self.written(messages, **words) != text
         except UserError:
             return True
 
-    def heard(self, messages, **words):
+    def heard(self, messages, /, **words):
         """What is `written`. Raises UserError where a field of a message, or the tools, make no difference to it."""
         text = self.written(messages, **words)
         for number, message in enumerate(messages):
@@ -156,7 +158,7 @@ class ChatTokenizer:
             raise UserError("the chat template leaves out tools")
         return text
 
-    def render(self, messages, **words):
+    def render(self, messages, /, **words):
         """A list of messages as a prompt, up to where the answer begins, or goes on where the last message is the assistant's.
 
         `words` go to the template: tools, and whatever else it reads. Raises UserError, also where it leaves something out.
@@ -165,7 +167,7 @@ class ChatTokenizer:
         words |= {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
         return self.heard(messages, **words)
 
-    def render_answer(self, messages, answer, **words):
+    def render_answer(self, messages, answer, /, **words):
         """(prompt, completion) of an answer's message as the template writes it, without its end of the turn.
 
         The prompt is that of `render`, but for what the template itself takes back before an answer. Raises UserError.

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, TokenizersBackend
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
@@ -81,8 +80,9 @@ def fetch(name):
         return without_links_out(Path(name))
     try:
         return without_links_out(Path(snapshot_download(str(name), allow_patterns=PUBLISHED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{name}: no such folder or file, nor from the hub: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the hub's own, and those of whatever carries its files
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: no such folder or file, nor from the hub: {why}") from None
 
 
 def without_links_out(folder):

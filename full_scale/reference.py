@@ -140,7 +140,10 @@ class Reference:
         """Put hidden states, (rows, hidden) pairs, into a file of this process."""
         rows, hidden = zip(*waiting)
         path = self.cache / f"hidden-{rank:03}-{number:05}.safetensors"
-        write_tensors(path, {"rows": torch.cat(rows), "hidden": torch.cat(hidden)})
+        try:
+            write_tensors(path, {"rows": torch.cat(rows), "hidden": torch.cat(hidden)})
+        except UserError as error:  # of this process alone, which has to print it
+            raise OSError(str(error)) from None
         write_beside(path, {})
 
     def future(self, rows, tokens, mask, lam):

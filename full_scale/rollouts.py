@@ -50,7 +50,7 @@ from .gguf_file import named
 from .load_hf import checkpoint_key, load_pretrained
 from .prompts import PROMPT, ChatTokenizer
 from .published import checkpoint_name, fetch
-from .verdict import gold_answer, vote
+from .verdict import gold_answer
 
 AT_ONCE = 64  # sequences that model.py samples together
 
@@ -211,7 +211,7 @@ def sampled_row(row):
 
 
 def sample_problems(args):
-    """Sample until `args.out` holds args.n verified rollouts of every problem, going on where it stopped -> its rows.
+    """Sample until `args.out` holds args.n verified rollouts of every problem, going on where it stopped -> rows, gold answers.
 
     Raises UserError, also where the file was made with other settings, which are kept beside it.
     """
@@ -233,11 +233,14 @@ def sample_problems(args):
     todo = [i for i in range(len(problems)) if have[i] < args.n]
     if rows:
         print(f"resuming {args.out}: {len(rows)} of {args.n * len(problems)} rollouts are there")
+    golds = [gold for _, gold in problems]
     if not todo:
-        return rows
+        return rows, golds
     sample, tokenizer, texts = sampler(args, asked, date)
     prompts = prompts_of([tokenizer.ask(problems[i][0], asked.system, asked.shots) for i in todo], tokenizer, asked.max_tokens)
-    write_json(beside, {**settings, "date": date.isoformat()})
+    if not args.out.exists() and beside.exists() and "asked" not in read_json(beside):
+        raise UserError(f"{beside} would be written beside {args.out}, and holds something else: name another --out")
+    write_json(beside, {**settings, "date": date.isoformat(), "rows": args.n * len(problems)})
     with open(args.out, "a", encoding="utf-8") as file, progress(total=len(todo), desc="problems") as bar:
         for first in range(0, len(todo), args.at_once):
             some, told = (values[first : first + args.at_once] for values in (todo, prompts))
@@ -246,13 +249,13 @@ def sample_problems(args):
             for i, (prompt, prompt_ids), answers in zip(some, told, sampled):
                 for ids in answers:
                     answer = answer_of(ids, prompt_ids, tokenizer, texts)
-                    label = gym.is_right(problems[i][1], answer["completion"], answer["finished"], args.strict)
+                    label = gym.is_right(golds[i], answer["completion"], answer["finished"], args.strict)
                     row = {"prompt": prompt, "completion": answer["completion"], "label": label, "problem_id": i}
                     rows.append({**row, **answer, "prompt_ids": prompt_ids})
                     file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(some))
-    return rows
+    return rows, golds
 
 
 def beside_of(path):
@@ -263,6 +266,7 @@ def beside_of(path):
 def date_of(beside, settings):
     """The date of the prompts of an interrupted command, from the file beside its rows; None where it had other settings."""
     made = read_json(beside) if beside.exists() else {}
+    made.pop("rows", None)
     with contextlib.suppress(TypeError, ValueError):
         date = datetime.datetime.fromisoformat(made.pop("date", None))
         return date if made == settings else None
@@ -375,13 +379,13 @@ def run(argv=None, parser=None, n=8, temperature=1.0, report=None):
     with command(parser.prog, kept, args.out):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with locked(args.out.with_name(f"{args.out.name}.lock"), args.out):
-            rows = sample_problems(args)
+            rows, golds = sample_problems(args)
         correct, finished = (sum(row[name] for row in rows) / len(rows) for name in ("label", "finished"))
-        unparsed = sum(vote(row, args.strict) is None for row in rows)
+        votes = [gym.vote(golds[row["problem_id"]], row, args.strict) for row in rows]
         shares = f"{correct:.1%} correct, {finished:.1%} finished"
-        print(f"{args.out}: {len(rows)} rollouts, {shares}, {unparsed} answers could not be parsed")
+        print(f"{args.out}: {len(rows)} rollouts, {shares}, {votes.count(None)} answers could not be parsed")
         if report:
-            print(report(rows, args.strict))
+            print(report(rows, votes))
 
 
 if __name__ == "__main__":

@@ -162,7 +162,9 @@ def tokens_of(row, tokenizer, encode):
         ids = sampled_ids(row, prompt, tokenizer)
     else:
         ids = tokenizer.encode_after(row["prompt"], prompt, row["completion"])
-    return prompt, ended(ids, row, tokenizer)
+    if not (ids := ended(ids, row, tokenizer)):
+        raise ValueError("a completion of no token")
+    return prompt, ids
 
 
 def sampled_ids(row, prompt, tokenizer):

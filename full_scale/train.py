@@ -57,6 +57,7 @@ from plumbing.flags import (
 from plumbing.keeper import Keeper, adamw, interruptible, warmup_cosine
 from plumbing.log import FORMAT, environment, monitored_columns
 
+from . import gguf_file
 from .data import batch_of, first_date, micro_batches, pack, read_data
 from .exam import MOST_SAMPLES, Exam
 from .load_hf import checkpoint_key, save_pretrained
@@ -69,6 +70,7 @@ from .reference import Reference
 from .rollouts import beside_of
 from .store import ShardedStore
 
+FLAGS = {name: flag for name, flag in HYPERPARAMETERS.items() if name != "dapo"}  # GRPO's, which samples at every step
 MONITORED = 32  # correct, and as many incorrect, rows whose log-probabilities are logged
 
 
@@ -96,10 +98,9 @@ def training_step(model, optimizer, data, reference, rows, run, size):
     sums = {name: value.item() for name, value in summed_by_name(sums).items()}
     numbers = {"loss": sums["loss"], "grad_norm": grad_norm.item()}
     numbers |= {f"coefficient_{group}": sums[f"weight_{group}"] / sums[f"rows_{group}"] for group in ("correct", "incorrect")}
-    finite = math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])
-    if finite:
+    if math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"]):
         optimizer.step()
-    return numbers | {name: sums[name] * finite for name in ("below_0.2_pi", "below_0.2_pihat", "tokens_trained")}
+    return numbers | {name: sums[name] for name in ("below_0.2_pi", "below_0.2_pihat", "tokens_trained")}
 
 
 def score(model, data, reference, rows, lam):
@@ -162,9 +163,9 @@ def run_settings(args, data, folder, exam):
     names = ("steps", "batch_size", "eval_every", "warmup", "max_length", "precision")
     shared |= {"monitored": MONITORED, **{name: getattr(args, name) for name in names}, **(exam.settings if exam else {})}
     runs = {}
-    for method, lr, seed in itertools.product(methods(args, LOSSES, HYPERPARAMETERS), args.lr, args.seed):
+    for method, lr, seed in itertools.product(methods(args, LOSSES, FLAGS), args.lr, args.seed):
         settings = {**shared, "lr": lr, "seed": seed, **method}
-        words = [Path(name).name, *method_words(method, HYPERPARAMETERS), f"steps{args.steps}", f"lr{lr:g}", f"seed{seed}"]
+        words = [Path(name).name, *method_words(method, FLAGS), f"steps{args.steps}", f"lr{lr:g}", f"seed{seed}"]
         runs["-".join([*words, digest([settings, data.key])])] = settings
     return runs
 
@@ -174,7 +175,7 @@ def train(args, mesh):
 
     A loss that is not finite ends its run and no other; it is raised last.
     """
-    for line in reinterpreted(args, LOSSES, HYPERPARAMETERS):
+    for line in reinterpreted(args, LOSSES, FLAGS):
         say(line)
     folder = by_first(lambda: fetch(args.init))
     tokenizer = ChatTokenizer(folder)
@@ -182,7 +183,7 @@ def train(args, mesh):
     data = read_data(args, tokenizer, mismatched=any("z0" in LOSSES[name].inputs for name in args.loss))
     exam = Exam(args, folder, data) if args.eval_problems else None
     runs = run_settings(args, data, folder, exam)
-    warn_of_others(args, next(iter(runs.values()))["checkpoint"])
+    warn_of_others(args, next(iter(runs.values()))["checkpoint"], len(data.reward))
     finished = by_first(lambda: [name for name in runs if is_finished(args.out / name, args)])
     for name in finished:
         say(f"already finished: {args.out / name}")
@@ -194,12 +195,17 @@ def train(args, mesh):
         train_all(args, todo, data, folder, exam, mesh)
 
 
-def warn_of_others(args, checkpoint):
-    """Print a line where the file beside the rollouts says that another checkpoint sampled them, which is no reference then."""
+def warn_of_others(args, checkpoint, rows):
+    """Print a line where the file beside the rollouts says that another checkpoint sampled them, or more of them.
+
+    Another checkpoint is no reference.
+    """
     path = beside_of(args.data)
-    sampled = by_first(lambda: read_json(path).get("checkpoint") if path.exists() else None)
-    if sampled not in (None, checkpoint):
+    made = by_first(lambda: read_json(path) if path.exists() else {})
+    if made.get("checkpoint", checkpoint) != checkpoint:
         say(f"warning: {args.data} was sampled by another checkpoint than {args.init}, as {path} says")
+    if made.get("rows", rows) != rows:
+        say(f"warning: {args.data} has {rows:,} of the {made['rows']:,} rows that {path} tells of: its sampling was cut short")
 
 
 def is_finished(run_folder, args):
@@ -326,11 +332,11 @@ def parse_args(argv=None):
     description = "Offline RL of a published checkpoint on rollouts; behind torchrun, on several GPUs."
     epilog = "Flags shown with several values take several, and then the runs are their product."
     parser = command_line(description, prog="python -m full_scale.train", epilog=epilog)
-    add_method_flags(parser, LOSSES, HYPERPARAMETERS, ["fpa"])
+    add_method_flags(parser, LOSSES, FLAGS, ["fpa"])
     add_flags(parser)
     args = parser.parse_args(argv)
     check_rows(parser, args)
-    check_method_flags(parser, args, LOSSES, HYPERPARAMETERS)
+    check_method_flags(parser, args, LOSSES, FLAGS)
     if online := [name for name in args.loss if LOSSES[name].online]:
         parser.error(f"argument --loss: {online[0]} samples at every step, which only the toy does")
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -361,12 +367,15 @@ def run(argv=None):
     except Interrupted as signalled:
         code = 128 + signalled.args[0]
         if is_first():
-            kept = f"what is saved in {args.out} stays; the same command goes on from there"
+            again = "goes on from there" if args.resume else "begins its run anew"
+            kept = f"what is saved in {args.out} stays; the same command {again}"
             print(f"interrupted: {kept}", file=sys.stderr, flush=True)
     if dist.get_world_size() > 1:  # a usual exit waits for the others after an error, and gloo's threads sometimes abort in it
         if not code:
             dist.barrier()
         sys.stdout.flush()
+        for folder in gguf_file.folders:
+            folder.cleanup()
         os._exit(code)
     dist.destroy_process_group()
     sys.exit(code)

@@ -99,7 +99,7 @@ def read_json(path):
 
 def write_csv(path, rows):
     """Rows, dicts of the same columns, with six digits of every float."""
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, rows[0], lineterminator="\n")
         table.writeheader()
         for row in rows:

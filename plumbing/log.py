@@ -157,11 +157,13 @@ class Log:
         values = dict.fromkeys(COLUMNS, math.nan) | measured | {"step": step, "seconds": seconds}
         if self.steps.numbers:
             columns = self.steps.columns()
-            means = torch.stack([columns[name] for name in MEANS], dim=1)[self.steps.finite(columns)].nanmean(0)
+            finite = self.steps.finite(columns)
+            means = torch.stack([columns[name] for name in MEANS], dim=1)[finite].nanmean(0)
             values |= dict(zip(MEANS, means.tolist()))
             for name in COUNTS:
                 if name in columns:
-                    self.counts[name] += int(columns[name].double().sum())
+                    counted = columns[name] if name == "tokens_sampled" else columns[name][finite]  # of updates that were taken
+                    self.counts[name] += int(counted.double().sum())
         self.steps.clear()
         values |= {**self.counts, "skipped": self.steps.skipped}
         return {name: values[name] for name in COLUMNS}

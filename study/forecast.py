@@ -88,7 +88,9 @@ class Snapshots:
 
 if __name__ == "__main__":
     with command("python -m study.forecast"):
-        if not full_scale.train.parse_args().eval_problems:
+        if not (problems := full_scale.train.parse_args().eval_problems):
             raise UserError("argument --eval-problems: needed, since logits are kept in the place of its exam")
+        if not problems.exists():
+            raise UserError(f"{problems}: not there, though nothing is asked from it")
     full_scale.train.Exam = Snapshots
     full_scale.train.run([*sys.argv[1:], "--no-resume"])  # the logits of earlier rows are in memory alone

@@ -78,6 +78,7 @@ SHOWN = {
 P_VALUES = """p is that of a t test for the claim's side. The exact p is that of all signs of the seeds' differences; with three
 seeds it is 1/8 or more. The column "p, Holm" takes the claim or its opposite, whichever has the smaller p."""
 metric = last("accuracy_0.7")
+CHILDREN = []  # the processes of `call`: a signal to this process alone would leave them behind
 
 
 # --- the runs
@@ -85,10 +86,11 @@ metric = last("accuracy_0.7")
 
 def call(module, *words):
     """A module's command in a process of its own. Raises UserError with the last line of its errors where it fails."""
-    command = [sys.executable, "-m", module, *map(str, words)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"{module}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+    with subprocess.Popen([sys.executable, "-m", module, *map(str, words)], stderr=subprocess.PIPE, text=True) as child:
+        CHILDREN.append(child)
+        _, said = child.communicate()
+    if child.returncode:
+        raise UserError(f"{module}: {(said.strip() or 'failed').splitlines()[-1]}")
 
 
 def task_of(name):
@@ -120,6 +122,11 @@ def run_case(name, args):
     try:
         with ThreadPool(args.jobs or 1) as pool:
             pool.map(train, missing, chunksize=1)
+    except BaseException:
+        for child in CHILDREN:
+            child.terminate()  # it saves what it has
+            child.wait()
+        raise
     finally:  # after an error too
         tables = tables_of(args.to, task)
         finished = [identity(run.config) for run in read_runs(run_folders(folder))]

@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 def read_rows(path):
     """A CSV file's rows, dicts of text. Raises ValueError where the file is torn."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     rows = list(csv.DictReader(text.splitlines()))
     if not text.endswith("\n") or not rows or any(None in row.values() or None in row for row in rows):
         raise ValueError("its last line is torn")

@@ -511,4 +511,4 @@ def test_pass_at_1_averages_problems():
     answers = [{"problem_id": i, "label": bool(label)} for i, some in enumerate(labels) for label in some]
     rows = [{**answer, "completion": "", "finished": True} for answer in answers]
     expected = f"pass@1 0.5000 ± {0.5 / math.sqrt(3):.4f} (standard error over 3 problems, 2 samples each)"
-    assert full_scale.evaluate.report(rows).splitlines()[0] == expected
+    assert full_scale.evaluate.report(rows, [None] * 6).splitlines()[0] == expected

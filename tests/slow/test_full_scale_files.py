@@ -279,6 +279,8 @@ BAD_SHAPES = {
                            "chat_template_kwargs is [1], not an object"),
     "words that are ours": ({"prompt": ASKED, "completion": NO, "label": 0, "chat_template_kwargs": {"tokenize": True}},
                             "the chat template refuses these messages"),
+    **{f"a word named {name}": ({"prompt": ASKED, "completion": NO, "label": 0, "chat_template_kwargs": {name: "x"}},
+                                "the chat template refuses these messages") for name in ("messages", "conversation", "self")},
     "two conversations": ({"chosen": [user("a"), *NO], "rejected": [user("b"), *NO]},
                           "chosen and rejected are of different prompts"),
     "another prompt": ({"prompt": ASKED, "chosen": [user("b"), *NO], "rejected": NO}, "chosen is ["),

@@ -5,15 +5,19 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from test_full_scale import write
 from test_full_scale_training import run_module, sample
 
-from full_scale import gym
+from full_scale import evaluate, gym
+from full_scale.exam import Exam
 from full_scale.rollouts import read_problems
+from full_scale.verdict import number
 from plumbing.files import UserError
 from study import real
 
@@ -64,6 +68,37 @@ def test_answers_in_words_are_judged(tmp_path):
     for _, gold in read_problems(tmp_path / "problems.jsonl"):
         assert " is a " in gold["answer"] and gym.is_right(gold, f"I think:\n<answer>\n{gold['answer']}\n</answer>")
         assert not gym.is_right(gold, "<answer>Zoey is a knight.</answer>") and not gym.is_right(gold, "no")
+
+
+@here
+def test_equal_answers_in_words_vote_together(tmp_path):
+    """Of a right answer and seven equal wrong ones the wrong one wins, and no answer is malformed."""
+    problems(tmp_path, "--count", 1, task=["knights_knaves"])
+    ((problem, gold),) = read_problems(tmp_path / "problems.jsonl")
+    said = [
+        f"<answer>{gold['answer']}</answer>",
+        *[f"<answer> {name} is a knight, and\nAnn a knave</answer>" for name in 7 * ["Zo"]],
+    ]
+    rows = [
+        {"completion": text, "finished": True, "label": gym.is_right(gold, text), "problem_id": 0} for text in (*said, "Well")
+    ]
+    votes = [gym.vote(gold, row) for row in rows]
+    assert rows[0]["label"] and not rows[1]["label"] and len({*votes[1:8]}) == 1 and votes[8] is None and votes[0] != votes[1]
+    assert "maj@8 0.0000" in evaluate.report(rows[:8], votes[:8]) and "pass@8 1.0000" in evaluate.report(rows[:8], votes[:8])
+    assert gym.vote("7", rows[0]) is None and gym.vote("7", {"completion": "It is 7.0", "finished": True}) == number("7")
+    exam = SimpleNamespace(asked=SimpleNamespace(strict=False), problems=[(problem, gold)], samples=8)
+    columns = Exam.columns(exam, [[*rows[:8], rows[0], rows[0]]])
+    assert (columns["accuracy"], columns["accuracy_greedy"], columns["malformed"]) == (1 / 8, 1.0, 0.0)
+    assert Exam.columns(exam, [[*7 * [rows[8]], *3 * [rows[0]]]])["malformed"] == 7 / 8
+
+
+@here
+def test_no_verifier_writes_an_endless_number_out(tmp_path):
+    problems(tmp_path, "--count", 1, task=["coin_flip"])
+    ((_, gold),) = read_problems(tmp_path / "problems.jsonl")
+    began = time.monotonic()
+    assert not any(gym.is_right(gold, f"<answer>{text}</answer>") for text in ("1e99999999", "1E+99999999", "2 + 1e-99999999"))
+    assert time.monotonic() - began < 1 and gym.is_right(gold, f"<answer>{gold['answer']}</answer>")
 
 
 @here

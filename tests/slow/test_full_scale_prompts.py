@@ -54,6 +54,33 @@ def checkpoint_of(folder, template=None, eos=None, **options):
     return folder
 
 
+def test_a_completion_of_no_token_is_refused():
+    """A tokenizer may leave a text out, here spaces."""
+    tokenizer = SimpleNamespace(encode_after=lambda prompt, ids, text: [7] * len(text.strip()), stops={1}, eos=1)
+    row = {"prompt": "a", "completion": " ", "finished": False, "chat": False}
+    with pytest.raises(ValueError, match="^a completion of no token$"):
+        tokens_of(row, tokenizer, lambda text, special: [5])
+    assert tokens_of({**row, "finished": True}, tokenizer, lambda text, special: [5]) == ([5], [1])
+
+
+def test_an_end_token_beyond_the_weights_is_refused(tmp_path):
+    folder = checkpoint_of(tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<|{i}|>" for i in range(100)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    change_json(folder / "tokenizer_config.json", eos_token="<|99|>")
+    place = tokenizer.token_to_id("<|99|>")
+    with pytest.raises(UserError, match=f"the tokenizer's eos_token is token {place}, and the vocabulary is of 320"):
+        ChatTokenizer(folder)
+
+
+def test_a_template_may_read_words_of_any_name(tmp_path):
+    template = f"{EACH}{CHATML}{{% endfor %}}{{{{ text }}}}{{{{ answer }}}}"
+    tokenizer = ChatTokenizer(checkpoint_of(tmp_path, template))
+    asked = [{"role": "user", "content": "a"}]
+    assert tokenizer.render(asked, text="x", answer="y") == f"{tokenizer.render(asked)}xy"
+
+
 @pytest.fixture
 def with_template(tmp_path):
     """A function from a template, or none, to the ChatTokenizer of a checkpoint that has it."""

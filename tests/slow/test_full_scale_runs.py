@@ -291,6 +291,7 @@ def test_an_exam_that_cannot_be_held_is_one_line(asked, tmp_path):
         "without the shots": ({}, {**made, "asked": {"fields": ["problem", "answer"]}}, "does not say how these rollouts were"),
         "without a length": ({}, without(made, "max_tokens"), "does not say how these rollouts were"),
         "without strict": ({}, without(made, "strict"), "does not say how these rollouts were asked"),
+        "a length in words": ({}, {**made, "asked": {**made["asked"], "max_tokens": "24"}}, "does not say how these"),
         "no date": ({}, {**made, "date": 3}, "rollouts.jsonl.json: does not say how these rollouts were asked"),
         "problems of the training": ({"eval": data.with_name("train.jsonl")}, made, "4 of 4 problems are in "),
         "bad problems": ({"eval": write(tmp_path / "bad", '{"problem": "1"}')}, made, "1 of 1 lines are bad: line 1: no "),
@@ -306,6 +307,42 @@ def test_an_exam_that_cannot_be_held_is_one_line(asked, tmp_path):
         done = train(folder, place / "runs", *flags, data=place / "rollouts.jsonl")
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, (name, done.stderr)
         assert not list(place.glob("runs/*/*")), name
+
+
+def test_rollouts_do_not_replace_the_problems_that_they_are_asked_from(asked, tmp_path):
+    folder, _, held_out = asked
+    problems, text = tmp_path / "new.jsonl.json", held_out.read_text().splitlines(keepends=True)[0]
+    problems.write_text(text)
+    words = ["--model", folder, "--problems", problems, "--n", 1, "--max-tokens", 2]
+    done = run_module("rollouts", *words, "--out", tmp_path / "new.jsonl")
+    assert done.returncode == 2 and "new.jsonl.json would be written beside" in done.stderr and done.stderr.count("\n") == 1
+    assert problems.read_text() == text and not (tmp_path / "new.jsonl").exists()
+
+
+def test_rollouts_that_were_cut_short_get_a_warning(asked, tmp_path):
+    folder, data, _ = asked
+    made, lines = json.loads(data.with_name("rollouts.jsonl.json").read_text()), data.read_text().splitlines()
+    assert made["rows"] == len(lines)
+    for kept in (len(lines), len(lines) - 4):
+        (tmp_path / str(kept)).mkdir()
+        path = write(tmp_path / str(kept) / "rollouts.jsonl", *lines[:kept])
+        path.with_name("rollouts.jsonl.json").write_text(json.dumps(made))
+        done = train(folder, tmp_path / str(kept) / "runs", data=path)
+        said = f"has {kept} of the {len(lines)} rows that {path}.json tells of: its sampling was cut short"
+        assert done.returncode == 0 and (said in done.stdout) == (kept < len(lines)), done.stdout
+
+
+def test_another_gold_answer_is_another_exam(asked, tmp_path):
+    folder, data, held_out = asked
+    lines = [json.loads(line) for line in held_out.read_text().splitlines()]
+    mended = write(tmp_path / "mended.jsonl", {**lines[0], "answer": "12345"}, *lines[1:])
+    exams = []
+    for problems in (held_out, held_out, mended):
+        args = full_scale.train.parse_args(
+            ["--init", str(folder), "--data", str(data), "--eval-problems", str(problems), "--eval-samples", "8"]
+        )
+        exams.append(Exam(args, folder, read_data(args, load_pretrained(folder)[1])).settings["exam"])
+    assert exams[0] == exams[1] != exams[2]
 
 
 def test_rollouts_of_another_checkpoint_get_a_warning(asked, tmp_path):

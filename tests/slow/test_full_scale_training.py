@@ -505,8 +505,12 @@ def test_ctrl_c_finishes_the_step_and_saves(number, checkpoint, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(full_scale.train, "training_step", signalled)
         done = run_module("train", *flags)
+        steps = iter(range(10))
+        anew = run_module("train", *flags[:5], tmp_path / "anew", *flags[6:], "--no-resume")
     assert done.returncode == 128 + number
     assert done.stderr.startswith("interrupted: what is saved in ") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("; the same command goes on from there\n")
+    assert anew.stderr.endswith("; the same command begins its run anew\n")
     done = run_module("train", *flags)
     assert "from step 3" in done.stdout
     same(log_of(tmp_path / "stopped"), expected)
@@ -628,6 +632,7 @@ BAD_COMMANDS = {
     "--loss dpo grpo": "grpo samples at every step",
     "--eval-samples 49": "argument --eval-samples: must be a whole number from 1 to 48",
     "--loss sft --lam 1": "argument --lam: sft has none",
+    "--loss off_rl --dapo": "unrecognized arguments: --dapo",
     "--micro-batch 3": "argument --micro-batch: must be even",
     "--micro-batch 16 --batch-size 8": "divide --batch-size 8",
     "--lr 0": "argument --lr: must be a number above 0 and at most 1",

@@ -201,6 +201,13 @@ def test_an_adapter_of_the_hub_is_downloaded_and_refused(tmp_path, monkeypatch):
         })  # fmt: skip
         return tmp_path / "copy"
 
+    def cut_off(name, allow_patterns):
+        raise cut_off.error
+
+    for cut_off.error, said in ((RuntimeError("peer closed\nconnection"), "peer closed"), (EOFError(), "EOFError")):
+        monkeypatch.setattr(published, "snapshot_download", cut_off)
+        with pytest.raises(UserError, match=f"hub/x: no such folder or file, nor from the hub: {said}$"):
+            load_pretrained("hub/x")
     monkeypatch.setattr(published, "snapshot_download", download)
     with pytest.raises(UserError, match=r"adapter_config.json: adapters are not supported; merge it"):
         load_pretrained("hub")
@@ -349,6 +356,15 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(architecture, stored, tied
     assert tokenizer.eos == theirs.eos_token_id == 1
 
 
+def test_a_gguf_file_without_a_number_of_key_heads_has_as_many_as_queries(tmp_path, monkeypatch):
+    words = {"stored": gguf.GGMLQuantizationType.F32, "num_key_value_heads": WIDE["num_attention_heads"]}
+    told = load_pretrained(write_gguf(tmp_path / "told.gguf", **words))[0]
+    monkeypatch.setattr(gguf.GGUFWriter, "add_head_count_kv", lambda writer, count: None)
+    path = write_gguf(tmp_path / "m.gguf", **words)
+    assert "llama.attention.head_count_kv" not in gguf.GGUFReader(path).fields
+    assert torch.equal(load_pretrained(path)[0](TOKENS), told(TOKENS))
+
+
 def test_a_gguf_file_is_saved_as_a_published_checkpoint(tmp_path):
     path = write_gguf(tmp_path / "m.gguf")
     model, tokenizer = load_pretrained(path)
@@ -454,6 +470,8 @@ BAD_GGUF = {
     "no layers": (lambda p: header(p, LLAMA), "block_count is null, not a whole number from 1 to 1,000"),
     "layers without end": (
         lambda p: header(p, LLAMA, entry(b"llama.block_count", 10, struct.pack("<Q", 2**40))), "block_count is 1099511627776"),
+    "several architectures": (
+        lambda p: header(p, entry(b"general.architecture", 9, struct.pack("<IQI", 4, 1, 7))), "architecture [7] is not"),
     "no tensors": (
         lambda p: header(p, LLAMA, entry(b"llama.block_count", 4, struct.pack("<I", 2))), "not a GGUF file that is read here"),
 }  # fmt: skip

@@ -552,6 +552,9 @@ def test_steps_that_are_not_finite_may_be_skipped(few, out, monkeypatch):
     train.run([*words, "--skip-nonfinite", "1"])
     rows = read_log(folders(out)[0])
     assert [row["skipped"] for row in rows] == ["0", "1", "1", "1", "1", "1"]
+    tokens = [int(row["tokens_trained"]) for row in rows]
+    first, *others = [b - a for a, b in zip(tokens, tokens[1:-1])]  # of ten steps each, one of which was skipped
+    assert all(0.85 < first / other < 0.95 for other in others)
     assert all(float(row["loss"]) == float(row["loss"]) for row in rows[1:])
 
 

@@ -1,9 +1,11 @@
 """study/real.py: the study of a published model, on a tiny checkpoint that was taught its problems."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -119,6 +121,27 @@ def test_a_forecast_without_problems_is_one_line(tmp_path):
     words = ["-m", "study.forecast", "--init", "x", "--data", "y", "--out", str(tmp_path / "runs")]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     assert done.returncode == 2 and "--eval-problems: needed" in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, *words, "--eval-problems", "none.jsonl"], capture_output=True, text=True)
+    assert done.returncode == 2 and "none.jsonl: not there" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_signal_ends_the_trainings_too(small, monkeypatch):
+    """SIGTERM reaches this process alone. Here the module is one that only waits."""
+    seen = []
+
+    def wait_for_the_end(children):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        seen.append(child)
+        children.append(child)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if child.wait():
+            raise UserError("ended")  # as `call` does
+
+    monkeypatch.setattr(real, "call", lambda *_: wait_for_the_end(real.CHILDREN))
+    with pytest.raises(SystemExit) as stop:
+        small("off_rl")
+    assert stop.value.code == 128 + signal.SIGTERM and [child.poll() for child in seen] == [-signal.SIGTERM] * 2
 
 
 def test_logits_are_kept_of_one_run(tmp_path, monkeypatch):

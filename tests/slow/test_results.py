@@ -1,13 +1,17 @@
 """results/ and what is made of it: the tables, every figure, the claims with their verdicts, and the findings of the docs."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from test_plots import FPA, check_hygiene, fake_run
 from test_train import TINY
@@ -73,6 +77,15 @@ def test_a_cell_is_read_as_it_was_written(value, tmp_path):
     (row,) = results.read_rows(tmp_path / "runs.csv")
     config = results.config_of(row)
     assert config == {"a": value, "b": {"c": value}} and type(config["a"]) is type(value)
+
+
+def test_a_table_is_utf_8_in_any_locale(tmp_path):
+    code = "from pathlib import Path; from plumbing import files; from study import results; path = Path('t.csv')\n"
+    code += "files.write_csv(path, [{'token': chr(960)}]); assert results.read_rows(path) == [{'token': chr(960)}]"
+    words = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "t.csv").read_bytes() == "token\nπ\n".encode()
 
 
 def some_runs(folder, seeds=(0, 1)):
