@@ -135,7 +135,7 @@ def vote(gold, row, strict=False):
     if isinstance(gold, str):
         return verdict.vote(row, strict)
     answer = stated(gold, row["completion"], row["finished"], strict)
-    return None if answer is None else number(answer) or plain(answer).casefold()
+    return number(answer) or " ".join(plain(answer).casefold().split()) or None if answer else None
 
 
 # --- the command

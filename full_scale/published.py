@@ -79,10 +79,11 @@ def fetch(name):
     if Path(name).is_dir():
         return without_links_out(Path(name))
     try:
-        return without_links_out(Path(snapshot_download(str(name), allow_patterns=PUBLISHED)))
+        folder = Path(snapshot_download(str(name), allow_patterns=PUBLISHED))
     except Exception as error:  # the hub's own, and those of whatever carries its files
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: no such folder or file, nor from the hub: {why}") from None
+    return without_links_out(folder)
 
 
 def without_links_out(folder):

@@ -196,16 +196,14 @@ def train(args, mesh):
 
 
 def warn_of_others(args, checkpoint, rows):
-    """Print a line where the file beside the rollouts says that another checkpoint sampled them, or more of them.
-
-    Another checkpoint is no reference.
-    """
+    """Print a line where the file beside the rollouts tells of another checkpoint, which is no reference, or of more rows."""
     path = beside_of(args.data)
     made = by_first(lambda: read_json(path) if path.exists() else {})
     if made.get("checkpoint", checkpoint) != checkpoint:
         say(f"warning: {args.data} was sampled by another checkpoint than {args.init}, as {path} says")
-    if made.get("rows", rows) != rows:
-        say(f"warning: {args.data} has {rows:,} of the {made['rows']:,} rows that {path} tells of: its sampling was cut short")
+    told = made.get("rows")
+    if isinstance(told, int) and rows < told:
+        say(f"warning: {rows:,} of the {told:,} rows that {path} tells of are used; others are missing or left out")
 
 
 def is_finished(run_folder, args):

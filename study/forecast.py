@@ -91,6 +91,6 @@ if __name__ == "__main__":
         if not (problems := full_scale.train.parse_args().eval_problems):
             raise UserError("argument --eval-problems: needed, since logits are kept in the place of its exam")
         if not problems.exists():
-            raise UserError(f"{problems}: not there, though nothing is asked from it")
+            raise UserError(f"{problems}: no such file")
     full_scale.train.Exam = Snapshots
     full_scale.train.run([*sys.argv[1:], "--no-resume"])  # the logits of earlier rows are in memory alone

@@ -86,9 +86,9 @@ CHILDREN = []  # the processes of `call`: a signal to this process alone would l
 
 def call(module, *words):
     """A module's command in a process of its own. Raises UserError with the last line of its errors where it fails."""
-    with subprocess.Popen([sys.executable, "-m", module, *map(str, words)], stderr=subprocess.PIPE, text=True) as child:
-        CHILDREN.append(child)
-        _, said = child.communicate()
+    child = subprocess.Popen([sys.executable, "-m", module, *map(str, words)], stderr=subprocess.PIPE, text=True)
+    CHILDREN.append(child)
+    _, said = child.communicate()
     if child.returncode:
         raise UserError(f"{module}: {(said.strip() or 'failed').splitlines()[-1]}")
 
@@ -108,8 +108,6 @@ def run_case(name, args):
     task = task_of(name)
     missing, folder = [seed for seed in SEEDS if seed not in study(args.to)[name]], Path(args.out) / task
     problems, held_out = folder / "problems.jsonl", folder / "held_out.jsonl"
-    if missing and not (problems.exists() and held_out.exists()):
-        call("full_scale.gym", *shlex.split(PROBLEMS[task]), "--to", problems, held_out)
     method = [word for flag, value in CASES[name].items() for word in (f"--{flag.replace('_', '-')}", value)]
 
     def train(seed):
@@ -120,6 +118,8 @@ def run_case(name, args):
         call("study.forecast" if name in UNEXAMINED else "full_scale.train", *method, *flags, "--out", folder / "runs")
 
     try:
+        if missing and not (problems.exists() and held_out.exists()):
+            call("full_scale.gym", *shlex.split(PROBLEMS[task]), "--to", problems, held_out)
         with ThreadPool(args.jobs or 1) as pool:
             pool.map(train, missing, chunksize=1)
     except BaseException:
@@ -130,7 +130,7 @@ def run_case(name, args):
     finally:  # after an error too
         tables = tables_of(args.to, task)
         finished = [identity(run.config) for run in read_runs(run_folders(folder))]
-        gather(folder, tables, {task: [*held(tables)[0], *finished]})  # those gathered earlier stay the task's
+        gather(folder, tables, {task: dict.fromkeys([*held(tables)[0], *finished])})  # those gathered earlier stay the task's
         write_text(Path(args.to) / "results.md", results(args.to))
 
 

@@ -13,6 +13,7 @@ from study.results import (
     each,
     extrapolated,
     fall,
+    fpa_runs,
     label,
     last,
     mean_and_interval,
@@ -78,9 +79,9 @@ def families_table(runs, experiment):
     return cases_table({name: runs.get((experiment, name), {}) for name in FAMILIES})
 
 
-def untuned_table(held):
+def untuned_table(runs_held):
     """Every method of the experiment `main`, at default settings."""
-    methods = by_method([run for run in held.values() if "main" in run.experiments])
+    methods = by_method([run for run in runs_held.values() if "main" in run.experiments])
     return cases_table({label(m): {run.config["seed"]: run for run in some} for m, some in methods.items()}, "loss")
 
 
@@ -115,25 +116,25 @@ def searches_table(searches):
     return table(["family", "rounds", "validation pass@1, T = 0.7", "chosen"], rows)
 
 
-def chosen_runs(searches, held):
+def chosen_runs(searches, runs_held):
     """{family: [its tuning runs at the setting that was chosen]}, the highest score first."""
     names = sorted((name for name, some in searches.items() if some.chosen), key=lambda name: -searches[name].score)
     chosen = {name: map(identity, runs_of(name, searches[name].chosen, *SEEDS).values()) for name in names}
-    return {name: [held[run] for run in ids] for name, ids in chosen.items()}
+    return {name: [runs_held[run] for run in ids] for name, ids in chosen.items()}
 
 
-def chosen_table(searches, held):
+def chosen_table(searches, runs_held):
     """What the chosen settings reach on the tuning seeds, and which weights they train with."""
     rows = []
-    for name, some in chosen_runs(searches, held).items():
+    for name, some in chosen_runs(searches, runs_held).items():
         runs = {run.config["seed"]: run for run in some}
         rows.append([f"`{name}`", *numbers_of(runs, shown=ON_VALIDATION), cell(each(runs, ratio_of_coefficients))])
     return table(["family", *ON_VALIDATION, "mean C_l·\\|y\\| / C_w·\\|y\\|"], rows)
 
 
-def rates_table(held, best):
+def rates_table(runs_held, best):
     """The learning rates of the cases of CASES, and those of `best`: (case, rate, grid)."""
-    found = [(case, lr, RATES) for name in CASES for case, lr in best_rates(name, held).items()] + best
+    found = [(case, lr, RATES) for name in CASES for case, lr in best_rates(name, runs_held).items()] + best
     rows = [(case, f"{lr:g}{', an end of the grid' * (lr in (grid[0], grid[-1]))}") for case, lr, grid in found]
     return table(["case", "learning rate"], rows)
 
@@ -153,15 +154,13 @@ def shared_seeds(cases):
     return sorted(set.intersection(*map(set, cases)))
 
 
-def unclaimed(runs, held):
+def unclaimed(runs, runs_held):
     """{text: values (seeds,)}: numbers that docs/findings.md names, of `study`'s runs and of those held."""
     off_rl, fast, slow = (runs.get(("extrapolation", case), {}) for case in ("off_rl, 0.0002", "0.0002", "2e-05"))
     two, five, ten = (runs.get(("lambda", f"λ = {lam}"), {}) for lam in (2, 5, 10))
     largest = runs.get(("rates", f"{RATES[-1]:g}"), {})
-    main = {target: {} for target in ("incorrect", "both")}
-    for run in held.values():
-        if "main" in run.experiments and run.get("target") in main:
-            main[run.get("target")][run.config["seed"]] = run
+    main = [run for run in runs_held.values() if "main" in run.experiments]
+    incorrect, both = ({run.config["seed"]: run for run in fpa_runs(main, target=target)} for target in ("incorrect", "both"))
 
     def lowered(steps, rows):
         return each(off_rl, lambda run: share_down(run, steps, rows))
@@ -187,12 +186,12 @@ def unclaimed(runs, held):
         fallen.format("the best evaluation", "2e-4"): each(fast, fall),
         "accuracy, λ = 5 − λ = 2": paired(five, two),
         "accuracy at T = 1, λ = 5 − λ = 10": paired(five, ten, last("test_accuracy")),
-        "accuracy of FPA untuned, incorrect rows only − both kinds": paired(main["incorrect"], main["both"]),
+        "accuracy of FPA untuned, incorrect rows only − both kinds": paired(incorrect, both),
     }
 
 
-def unclaimed_list(runs, held):
-    return "".join(f"- {text}: {cell(values)}\n" for text, values in unclaimed(runs, held).items() if len(values))
+def unclaimed_list(runs, runs_held):
+    return "".join(f"- {text}: {cell(values)}\n" for text, values in unclaimed(runs, runs_held).items() if len(values))
 
 
 def forecasts_table(runs):
@@ -216,7 +215,7 @@ def kinds_of(runs):
     return Counter(run.config["environment"]["cpu"] for run in runs)
 
 
-def machines_table(runs, held):
+def machines_table(runs, runs_held):
     """Which kinds of CPU made the runs of an experiment, and which of its cases where there are several kinds."""
     rows = []
     for name in dict.fromkeys(name for name, _ in runs):
@@ -228,18 +227,16 @@ def machines_table(runs, held):
         ]
         rows += [[name, "; ".join(by_kind)]] if total else []
     for name in [f"tune-{family}" for family in FAMILIES]:
-        total = kinds_of(run for run in held.values() if name in run.experiments)
+        total = kinds_of(run for run in runs_held.values() if name in run.experiments)
         rows += [[name, "; ".join(f"{count} {kind}" for kind, count in sorted(total.items()))]] if total else []
     return table(["experiment", "runs by CPU"], rows)
 
 
 def of_several_kinds(found, runs):
     """The claims whose experiments have runs of several kinds of CPU."""
-    kinds = {}
-    for (name, _), some in runs.items():
-        kinds.setdefault(name, Counter()).update(kinds_of(some.values()))
-    names = {
-        name: sum((kinds.get(experiment, Counter()) for experiment in claim.experiments.split()), Counter())
-        for name, claim in found.items()
-    }
-    return [name for name, some in names.items() if len(some) > 1 and any(len(m.values) for m in found[name].measured)]
+
+    def kinds(claim):
+        names = claim.experiments.split()
+        return kinds_of(run for (name, _), some in runs.items() if name in names for run in some.values())
+
+    return [name for name, claim in found.items() if any(len(m.values) for m in claim.measured) and len(kinds(claim)) > 1]

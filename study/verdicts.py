@@ -279,8 +279,8 @@ def never(runs):
         for name in names
         if (some := runs.get(("final", name)))
     ]
-    said = "and count with their last step, FPA's in C14b with GRPO's cost if this is larger"
-    return f"Runs that never get there, {said}: {', '.join(counts)}.\n\n" if counts else ""
+    said = "They count with their last step. In C14b such a run of FPA counts with GRPO's cost if this is larger."
+    return f"Runs that never reach what N3 and C14b wait for: {', '.join(counts)}. {said}\n\n" if counts else ""
 
 
 LEAST = 2 ** -len(SEEDS)  # of an exact p

@@ -75,16 +75,14 @@ def test_equal_answers_in_words_vote_together(tmp_path):
     """Of a right answer and seven equal wrong ones the wrong one wins, and no answer is malformed."""
     problems(tmp_path, "--count", 1, task=["knights_knaves"])
     ((problem, gold),) = read_problems(tmp_path / "problems.jsonl")
-    said = [
-        f"<answer>{gold['answer']}</answer>",
-        *[f"<answer> {name} is a knight, and\nAnn a knave</answer>" for name in 7 * ["Zo"]],
-    ]
-    rows = [
-        {"completion": text, "finished": True, "label": gym.is_right(gold, text), "problem_id": 0} for text in (*said, "Well")
-    ]
+    wrong = ["Zo is a knight, and Ann a knave", " zo is a  knight,\nand Ann a knave ", "ZO IS A KNIGHT, AND ANN A KNAVE"]
+    said = [gold["answer"], *3 * wrong[:2], wrong[2]]
+    texts = [*(f"<answer>{text}</answer>" for text in said), "Well", "<answer></answer>"]
+    rows = [{"completion": a, "finished": True, "label": gym.is_right(gold, a), "problem_id": 0} for a in texts]
     votes = [gym.vote(gold, row) for row in rows]
     assert rows[0]["label"] and not rows[1]["label"] and len({*votes[1:8]}) == 1 and votes[8] is None and votes[0] != votes[1]
     assert "maj@8 0.0000" in evaluate.report(rows[:8], votes[:8]) and "pass@8 1.0000" in evaluate.report(rows[:8], votes[:8])
+    assert gym.vote(gold, rows[9]) is None  # an empty answer wins nothing
     assert gym.vote("7", rows[0]) is None and gym.vote("7", {"completion": "It is 7.0", "finished": True}) == number("7")
     exam = SimpleNamespace(asked=SimpleNamespace(strict=False), problems=[(problem, gold)], samples=8)
     columns = Exam.columns(exam, [[*rows[:8], rows[0], rows[0]]])

@@ -328,7 +328,7 @@ def test_rollouts_that_were_cut_short_get_a_warning(asked, tmp_path):
         path = write(tmp_path / str(kept) / "rollouts.jsonl", *lines[:kept])
         path.with_name("rollouts.jsonl.json").write_text(json.dumps(made))
         done = train(folder, tmp_path / str(kept) / "runs", data=path)
-        said = f"has {kept} of the {len(lines)} rows that {path}.json tells of: its sampling was cut short"
+        said = f"warning: {kept} of the {len(lines)} rows that {path}.json tells of are used"
         assert done.returncode == 0 and (said in done.stdout) == (kept < len(lines)), done.stdout
 
 

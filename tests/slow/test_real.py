@@ -9,6 +9,8 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +94,7 @@ def test_a_second_command_repeats_nothing(small, tmp_path):
     small("off_rl")
     assert held == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("log.csv")} and len(held) == 2
     assert (folder / "curves.csv").read_text() == before
+    assert {run.experiments for run in read_folder(folder)} == {("sums",)}  # whose runs are in both places now
     shutil.rmtree(tmp_path / "runs" / "sums" / "runs")
     small("off_rl")  # the tables hold its runs
     assert not list((tmp_path / "runs").rglob("log.csv")) and (folder / "curves.csv").read_text() == before
@@ -122,26 +125,27 @@ def test_a_forecast_without_problems_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     assert done.returncode == 2 and "--eval-problems: needed" in done.stderr and done.stderr.count("\n") == 1
     done = subprocess.run([sys.executable, *words, "--eval-problems", "none.jsonl"], capture_output=True, text=True)
-    assert done.returncode == 2 and "none.jsonl: not there" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "none.jsonl: no such file" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_signal_ends_the_trainings_too(small, monkeypatch):
-    """SIGTERM reaches this process alone. Here the module is one that only waits."""
-    seen = []
+def test_a_signal_ends_the_trainings_too(small, tmp_path, monkeypatch):
+    """SIGTERM reaches this process alone. The module that trains is here one that only waits."""
+    write(tmp_path / "waits.py", "import time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    original, before = real.call, len(real.CHILDREN)
+    monkeypatch.setattr(real, "call", lambda *_: original("waits"))
 
-    def wait_for_the_end(children):
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        seen.append(child)
-        children.append(child)
-        if len(seen) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if child.wait():
-            raise UserError("ended")  # as `call` does
+    def signal_once_two_wait():
+        while len(real.CHILDREN) < before + 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(real, "call", lambda *_: wait_for_the_end(real.CHILDREN))
+    thread = threading.Thread(target=signal_once_two_wait, daemon=True)
+    thread.start()
     with pytest.raises(SystemExit) as stop:
         small("off_rl")
-    assert stop.value.code == 128 + signal.SIGTERM and [child.poll() for child in seen] == [-signal.SIGTERM] * 2
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert [child.poll() for child in real.CHILDREN[before:]] == [-signal.SIGTERM] * 2
 
 
 def test_logits_are_kept_of_one_run(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def test_the_rule_and_the_claims_are_those_that_were_committed_before_the_runs()
 
 def test_the_protocol_is_that_commits_and_the_code_has_its_numbers():
     """docs/contributing.md names the commit; where the history is there, its page is compared, elsewhere the page's digest."""
-    (commit,) = re.findall(r"protocol\.md\]\(protocol\.md\) is of commit `(\w+)`", Path("docs/contributing.md").read_text())
+    (commit,) = re.findall(r"protocol\.md\]\(protocol\.md\) is that of commit `(\w+)`", Path("docs/contributing.md").read_text())
     page = PAGE.partition("## The real model")[0]
     assert hashlib.sha256(page.encode()).hexdigest()[:16] == "4c3e30362792018f", "the protocol has moved"
     shown = subprocess.run(["git", "show", f"{commit}:docs/protocol.md"], capture_output=True, text=True)
@@ -287,8 +287,8 @@ def test_runs_that_never_get_there_are_counted():
     runs["final", "off_rl"] = {seed: run_of(0.2, at=300 if seed < 3 else 100) for seed in range(8)}
     runs["final", "grpo"][5] = run_of(0.5)
     said = "3 of 8 of off_rl (N3), 0 of 8 of fpa (N3), 0 of 8 of fpa (C14b), 1 of 8 of grpo (C14b)."
-    larger = "FPA's in C14b with GRPO's cost if this is larger"
-    assert verdicts.never(runs) == f"Runs that never get there, and count with their last step, {larger}: {said}\n\n"
+    rule_of = "They count with their last step. In C14b such a run of FPA counts with GRPO's cost if this is larger."
+    assert verdicts.never(runs) == f"Runs that never reach what N3 and C14b wait for: {said} {rule_of}\n\n"
     assert verdicts.never({}) == ""
 
 
