@@ -203,3 +203,13 @@ def test_head_is_separate_and_tied():
 def test_impossible_config_is_refused():
     with pytest.raises(ValueError, match="n_kv_heads 3"):
         GPTConfig(vocab_size=13, n_kv_heads=3)
+
+
+def test_weights_begin_by_fan_in_and_the_embedding_at_a_fifth():
+    torch.manual_seed(0)
+    made = GPT(GPTConfig(vocab_size=500, qkv_bias=True))
+    assert made.embed_tokens.weight.std().item() == pytest.approx(0.2, rel=0.02)
+    for module in made.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.std().item() == pytest.approx(module.in_features**-0.5, rel=0.05)
+            assert module.bias is None or not module.bias.any()

@@ -155,6 +155,7 @@ def test_panels_draw_the_columns_they_name(tmp_path):
     ratio = (log["pihat_incorrect"] / log["pi_incorrect"]).tolist()
     assert (colour, "-", ratio) in lines_of(plots.panel_ratio, methods)
     assert (colour, ":", log["below_0.2_pihat"].tolist()) in lines_of(plots.panel_below, methods)
+    assert (colour, "-", log["below_0.2_pi"].tolist()) in lines_of(plots.panel_below, methods)
     assert (colour, "-", log["grad_norm"].tolist()) in lines_of(plots.panel_grad_norm, methods)
 
 
@@ -220,6 +221,15 @@ def test_a_copy_of_a_run_keeps_its_fingerprint(tmp_path):
     assert one == same != other
 
 
+def test_a_band_is_the_95_percent_interval(tmp_path):
+    runs = [results.read_run(fake_run(tmp_path / str(seed), seed, end)) for seed, end in ((0, 0.2), (1, 0.4))]
+    _, axis = drawing.plt.subplots()
+    drawing.draw(axis, runs, lambda log: log["accuracy"], "red")
+    edges = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert (edges.min(), edges.max()) == pytest.approx((0.3 - 12.706 * 0.1, 0.3 + 12.706 * 0.1))
+    drawing.plt.close("all")
+
+
 # --- the command
 
 
@@ -254,6 +264,11 @@ def test_the_figures_of_the_method_are_drawn_from_their_runs(tmp_path):
     axes = {name: figure.axes for name, (figure, _) in figures.items()}
     dots = [bar.lines[0].get_ydata()[0] for bar in axes["lambda"][0].containers]
     assert dots == pytest.approx([0.55] * 3)  # λ of 0, 2 and 5
+    final, half = results.mean_and_interval([0.5, 0.6])
+    bars = [container.lines[2][0].get_segments()[0][:, 1] for container in axes["lambda"][0].containers]
+    assert np.allclose(bars, [final - half, final + half]) and len(bars) == 3
+    best = [bar.lines[0].get_ydata()[0] for bar in axes["lambda"][1].containers]
+    assert best == pytest.approx([max(run.log["accuracy"]) for run in figures["lambda"][1][:1]] * 3)
     assert {run.config["steps"] for run in figures["prolonged"][1]} == {20}
     assert {run.get("target") for run in figures["targets"][1]} == {None, "both", "correct", "incorrect"}
     assert len(results.by_method(figures["dynamics"][1])) == 5

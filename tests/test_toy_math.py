@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,6 +252,16 @@ def test_samples_come_problem_by_problem_whatever_the_batch(monkeypatch):
     assert [problem for problem, *_ in samples] == [problem for problem in problems for _ in range(3)]
     assert all(text in write_trace(problem)[0] for problem, text, *_ in samples)
     assert all(verdict == verify(problem, text, finished) for problem, text, finished, verdict in samples)
+
+
+def test_each_kind_of_sample_has_its_temperature(monkeypatch):
+    asked, plain = [], rollouts.sample
+    monkeypatch.setattr(rollouts, "sample", lambda *words: asked.append(words[2:4]) or plain(*words))
+    problems, generator = draw_problems(2, 2, "test", random.Random(0)), torch.Generator().manual_seed(0)
+    evaluate(Guesser(), problems, 16, generator)
+    rollouts.sample_groups(Guesser(), problems, SimpleNamespace(rollouts=4, dapo=False), generator)
+    (_, of_exam), of_grpo = asked
+    assert of_exam == [1.0] * 16 + [0.7] * 4 + [0.0] and of_grpo == (4, 1.0)
 
 
 def test_evaluation_counts_what_the_verifier_says():

@@ -576,10 +576,54 @@ def test_a_wrong_spelling_gets_the_one_that_works(words, hint, tmp_path, capsys,
         train.parse_args(error.strip().split("try: python train.py ")[1].split())  # it works
 
 
-def test_auto_takes_a_gpu_where_there_is_one(monkeypatch):
-    assert train.parse_args([*TINY[:-2]]).device == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert train.parse_args([*TINY[:-2]]).device == "cuda" and train.parse_args(TINY).device == "cpu"
+@pytest.mark.parametrize("cuda, mps, expected", [(0, 0, "cpu"), (0, 1, "mps"), (1, 0, "cuda"), (1, 1, "cuda")])
+def test_auto_takes_a_gpu_where_there_is_one(cuda, mps, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    assert train.parse_args(TINY[:-2]).device == expected and train.parse_args(TINY).device == "cpu"
+
+
+def test_the_rollouts_are_those_of_the_base_model_at_temperature_1(finished, tmp_path):
+    world = tiny_world(finished, tmp_path)
+    (path,) = (tmp_path / "cache").glob("rollouts-*.jsonl")
+    again = rollouts.sample(world.base, world.problems, 4, 1.0, batches.seeded("cpu", 0, "rollouts"))
+    assert read_rows(path) == [row for row in rollouts.rollout_rows(again) if row["completion"] or row["finished"]]
+    spent = world.spent()
+    assert spent["sampled"] == sum(len(row["completion"]) + row["finished"] for row in read_rows(path))
+    assert spent["seconds"] == world.measured["sampling_seconds"] + world.measured["reference_seconds"]
+
+
+def test_the_seed_reaches_every_draw():
+    """An interval over seeds is one only if the order of the batches and the problems are drawn by the seed."""
+    reward, ids = torch.tensor([1.0, -1.0] * 8), torch.arange(16) // 2
+
+    def order(seed, pairs, online):
+        run = SimpleNamespace(steps=6, batch_size=8, rollouts=4, seed=seed)
+        return batches.draw_order(run, reward, ids, 8, pairs=pairs, online=online)[0]
+
+    for kind in ((False, False), (True, False), (False, True)):
+        assert torch.equal(order(1, *kind), order(1, *kind)) and not torch.equal(order(1, *kind), order(2, *kind))
+    problems = order(1, False, True)  # two a step, each once before any comes again
+    assert problems.shape == (6, 2) and torch.bincount(problems.flatten()[:8], minlength=8).tolist() == [1] * 8
+    for split in ("train", "validation", "test"):
+        assert set(stages.drawn(32, 6, split, 0)) != set(stages.drawn(32, 6, split, 1))
+
+
+def test_the_monitored_rows_are_the_first_of_each_kind_in_the_seeds_order(monkeypatch):
+    monkeypatch.setattr(train, "MONITORED", 4)
+    reward = torch.tensor([1.0, -1.0, -1.0] * 20)
+    exam = train.Exam(SimpleNamespace(seed=5), SimpleNamespace(rollouts=SimpleNamespace(reward=reward)))
+    assert exam.monitored.tolist() == sorted(batches.batch_order(reward, 1, 8, 5)[0].tolist())
+
+
+def test_the_eta_is_that_of_the_steps_that_are_left(tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(log.time, "time", lambda: clock[0])
+    kept = log.Log(tmp_path, lambda *_: dict.fromkeys(COLUMNS, 0.0), 10, 5, log.Steps(""))
+    for step in (0, 5, 10):
+        clock[0] = 20.0 * step
+        kept.look(step, None)
+    assert [line.split("ETA")[1].strip() for line in capsys.readouterr().out.splitlines()] == ["--:--", "1:40", "0:00"]
 
 
 def test_the_command_that_works_can_be_pasted():

@@ -80,6 +80,25 @@ def test_rows_of_real_measurements(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_an_idea_is_what_it_is_called(monkeypatch):
+    asked, calls, fused = {}, [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(bench, "in_turn", lambda rounds, **functions: asked.update(functions))
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *words, **more: calls.append(1) or fused(*words, **more)
+    )
+    bench.ideas_in_steps(1, bench.pair_data(pairs=2))
+
+    def flops(name):
+        calls.clear()
+        with FlopCounterMode(display=False) as counter:
+            asked[name]()
+        return counter.get_total_flops(), len(calls)
+
+    shipped, none = flops("shipped")
+    assert none == 0 and flops("fused")[1] == bench.CONFIG.n_layers
+    assert flops("uncached")[0] == pytest.approx(shipped * 4 / 3) and flops("loop")[0] == shipped  # a forward pass more
+
+
 def test_peak_memory_holds_the_reference_of_fpa_only(monkeypatch):
     monkeypatch.setattr(bench, "in_turn", twice)
     seconds, memory = bench.overhead(1, quick=True)

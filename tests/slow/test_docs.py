@@ -747,7 +747,12 @@ def test_what_is_said_of_the_ratio_of_the_weights():
 def test_what_is_said_of_the_forecast_on_habit():
     page = flowing(Path("docs/findings.md"))
     numbers = [str(number).split(": ")[1].split(" (claim")[0] for number in studied()[1]["C10"].measured]
-    phrases = ("λ of 1 and 2, is {}", "80 to 320 the ratio is {}", "up to t = 20 for λ = 1. The ratio is {}", "80 to 320 the ratio is {}")
+    phrases = (
+        "λ of 1 and 2, is {}",
+        "80 to 320 the ratio is {}",
+        "up to t = 20 for λ = 1. The ratio is {}",
+        "80 to 320 the ratio is {}",
+    )
     for number, phrase in zip(numbers, phrases):
         mean, low, high = re.fullmatch(r"(\S+), (\S+) to (\S+)", number).groups()
         assert phrase.format(mean) in page and f"from {low} to {high}" in page, number

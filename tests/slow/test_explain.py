@@ -104,6 +104,15 @@ def test_marks_are_shares_of_the_largest_change():
     assert explain.strip([1.0, -0.2, 0.1, -0.02, 0.01, 0.0], 1.0) == "↑↓+-··"
 
 
+def test_a_strip_is_of_its_own_answer_and_its_own_form():
+    change = torch.tensor([[1.0, -0.1, 0.0, 0.0], [-1.0, 0.1, 0.0, 0.0]])
+    future = torch.tensor([[-0.3, 0.3, 0.0, 0.0], [0.3, -0.3, 0.0, 0.0]])
+    one = torch.ones(2)
+    steps = {explain.PRESENT: (one, one, one, change), explain.FUTURE: (one, one, one, future)}
+    screen = explain.screen("1+1?", ["123", "124"], 2, [4, 4], steps, torch.zeros(3, 2, 2, 4))
+    assert re.findall(r"^  C\(.+?\) +([↑↓+·-]+)$", screen, flags=re.M) == ["↑-·", "↓↑·", "↓+·", "↑↓·"]
+
+
 def test_the_caret_is_under_the_first_wrong_token():
     change = torch.zeros(2, 4)
     step, tables = (torch.ones(2), torch.ones(2), torch.ones(2), change), torch.zeros(3, 2, 2, 4)

@@ -113,6 +113,14 @@ def test_a_brake_is_trained_over_seeds_and_reused(tmp_path, capsys):
     assert len(list((tmp_path / "runs").glob("same-seed0-*"))) == 2  # another text is another run
 
 
+def test_stored_runs_of_another_setting_are_no_comparison():
+    stored = lesson.stored()
+    (settings,) = train.run_settings(train.parse_args(["--loss", "off_rl", "--steps", "200"])).values()
+    for change in ({"prompts": 512}, {"task": "slips"}, {"batch_size": 32}, {"ops": 5}, {"schedule": "linear"}):
+        assert leaderboard.comparable(stored, {**settings, **change}, 200) == [], change
+    assert leaderboard.comparable(stored, {**settings, "eval_every": 50, "seed": 9}, 200) == stored
+
+
 # --- the table
 
 

@@ -17,7 +17,7 @@ from test_docs import table
 
 import losses
 import train
-from study import exercises, faults, lesson, notebooks
+from study import exercises, explain, faults, lesson, notebooks
 from study.exercises import EXERCISES, MISTAKES
 from study.results import fpa_runs, mean_and_interval, where
 
@@ -356,6 +356,14 @@ def test_a_step_is_drawn_by_what_the_two_answers_share(tmp_path):
     grey = [bar.get_facecolor()[0] == pytest.approx(0.6) for bar in axis.patches]
     assert grey == [a == b for a, b in zip(correct, incorrect)] and 0 < sum(grey) < len(grey)
     assert sum(bar.get_height() for bar, same in zip(axis.patches, grey) if not same) > 0  # the push helps at first
+
+
+def test_the_push_is_that_of_the_incorrect_row_alone(tmp_path):
+    world = lesson.world(tmp_path)
+    pair, run = lesson.pair_of(world), SimpleNamespace(loss="off_rl", lam=0.0)
+    alone, both = (explain.one_step(world.base, world.rollouts, pair, None, run, rows=rows)[-1][0] for rows in (pair[1:], None))
+    made = lesson.push(world, world.base, pair)
+    assert torch.equal(made, alone) and not torch.allclose(made, both)
 
 
 def test_the_brakes_are_numbers_with_torch_too_and_the_legend_says_beta():

@@ -38,7 +38,9 @@ def test_the_rule_and_the_claims_are_those_that_were_committed_before_the_runs()
 
 def test_the_protocol_is_that_commits_and_the_code_has_its_numbers():
     """docs/contributing.md names the commit; where the history is there, its page is compared, elsewhere the page's digest."""
-    (commit,) = re.findall(r"protocol\.md\]\(protocol\.md\) is that of commit `(\w+)`", Path("docs/contributing.md").read_text())
+    (commit,) = re.findall(
+        r"protocol\.md\]\(protocol\.md\) is that of commit `(\w+)`", Path("docs/contributing.md").read_text()
+    )
     page = PAGE.partition("## The real model")[0]
     assert hashlib.sha256(page.encode()).hexdigest()[:16] == "4c3e30362792018f", "the protocol has moved"
     shown = subprocess.run(["git", "show", f"{commit}:docs/protocol.md"], capture_output=True, text=True)
