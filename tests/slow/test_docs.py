@@ -615,7 +615,7 @@ def test_what_is_said_of_the_searches():
     chosen, mean = score("fpa")
     said = f"FPA scores {mean:.3f} at its best setting, λ = {chosen['lam']:g} on incorrect rows only, at {chosen['lr']:g}."
     assert chosen["target"] == "incorrect" and chosen["lr"] < min(experiments.RATES) and said in page
-    searched = "power sharpened topr sft constant future_topr nsr grpo kto asymre a_star_po dpo simper"
+    searched = "power sharpened topr sft constant future_topr nsr grpo kto asymre a_star_po dpo simper rpo"
     found = {name: score(name) for name in searched.split()}
     above = {name: found[name][1] for name in ("sharpened", "power", "kto")}
     assert min(above.values()) > mean and "and KTO above FPA, on the" in page
@@ -645,6 +645,14 @@ def test_what_is_said_of_the_searches():
     ]
     assert all(mark.format(**scored) in page for mark in marks) and page.count("*Weakened*:") == 4
     assert claims.claims(runs())["C7"] and found["dpo"][0]["lr"] == pytest.approx(5e-5 / 10, rel=0.05)
+    rpo = found["rpo"][0]
+    said = f"RPO scores {scored['rpo']} at {rpo['lr']:g}, with β = {rpo['beta']:g} and α = {rpo['alpha']:g}."
+    assert said in page
+    of_seed, first = tune.scores("dpo_fpa", held()), tune.search("dpo_fpa", tune.scores("dpo_fpa", held()))
+    mean_of = {i: np.mean([of_seed(drawn, seed) or 0 for seed in tune.SEEDS]) for i, drawn in enumerate(first.asked[0])}
+    best = first.asked[0][max(mean_of, key=mean_of.get)]
+    said = f"scores {max(mean_of.values()):.3f}, with FPA on incorrect rows only and λ = {best['lam']:g}, near the end"
+    assert said in page and best["target"] == "incorrect" and len(first.asked) == 2 and not first.chosen
     method = flowing(Path("docs/method.md"))
     assert f"On the seeds that tune, FPA scores {mean:.3f} and TOPR {{topr}}.".format(**scored) in method
 
@@ -697,6 +705,7 @@ def test_what_is_said_of_the_chosen_settings():
     )
     assert both.format(**ratio) in page and "Off-RL's ratio is {off_rl:.3f} over training, so".format(**ratio) in page
     assert "The ratio alone does not show it: KTO's is {kto:.3f}.".format(**ratio) in page
+    assert "α = 0.77. Its ratio of the weights is {rpo:.3f}.".format(**ratio) in page
     assert min(searches[name].score for name in ("dpo", "a_star_po")) > searches["off_rl"].score
     said = "log-ratios is {kto:.1f} nats under KTO and {sharpened:.1f} under `sharpened`."
     assert said.format(**tail) in page and {"kto", "sharpened"} == {*sorted(tail, key=tail.get)[:2]} <= {*[*chosen][:3]}
