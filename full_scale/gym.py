@@ -135,7 +135,9 @@ def vote(gold, row, strict=False):
     if isinstance(gold, str):
         return verdict.vote(row, strict)
     answer = stated(gold, row["completion"], row["finished"], strict)
-    return number(answer) or " ".join(plain(answer).casefold().split()) or None if answer else None
+    if not answer:
+        return None
+    return number(answer) or " ".join(plain(answer).casefold().split()) or None
 
 
 # --- the command

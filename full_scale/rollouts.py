@@ -227,6 +227,8 @@ def sample_problems(args):
         whole = args.out.read_bytes().rpartition(b"\n")[0]
         os.truncate(args.out, len(whole) + bool(whole))  # a line torn by an interruption is sampled again
         rows = read_lines(args.out, sampled_row) if whole else []
+    elif beside.exists() and "asked" not in read_json(beside):
+        raise UserError(f"{beside} would be written beside {args.out}, and holds something else: name another --out")
     have = collections.Counter(row["problem_id"] for row in rows)
     if any(i not in range(len(problems)) or found > args.n for i, found in have.items()):
         raise UserError(f"{args.out}: has rollouts of other problems, or more than {args.n} of one")
@@ -238,8 +240,6 @@ def sample_problems(args):
         return rows, golds
     sample, tokenizer, texts = sampler(args, asked, date)
     prompts = prompts_of([tokenizer.ask(problems[i][0], asked.system, asked.shots) for i in todo], tokenizer, asked.max_tokens)
-    if not args.out.exists() and beside.exists() and "asked" not in read_json(beside):
-        raise UserError(f"{beside} would be written beside {args.out}, and holds something else: name another --out")
     write_json(beside, {**settings, "date": date.isoformat(), "rows": args.n * len(problems)})
     with open(args.out, "a", encoding="utf-8") as file, progress(total=len(todo), desc="problems") as bar:
         for first in range(0, len(todo), args.at_once):

@@ -25,6 +25,7 @@ from study.results import (
     forecasts,
     fpa_runs,
     label,
+    last,
     main_runs,
     mean_and_interval,
     read_folder,
@@ -86,10 +87,6 @@ def ratio(ours, theirs, value):
 
 def training_seconds(run):
     return run.log["seconds"][-1] - run.log["seconds"][0]
-
-
-def last(column):
-    return lambda run: run.log[column][-1]
 
 
 def start(run):

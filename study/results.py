@@ -303,7 +303,7 @@ def last(column):
     return lambda run: run.log[column][-1]
 
 
-metric = last(METRIC)
+final, metric = last("accuracy"), last(METRIC)
 
 
 def each(runs, value):
@@ -331,10 +331,6 @@ def ratio_of_coefficients(run):
     """C_l |y| / C_w |y|, mean over training; NaN where a loss's coefficients change their sign, or where nothing is logged."""
     correct, incorrect = (run.log[f"coefficient_{kind}"][1:] for kind in ("correct", "incorrect"))
     return np.mean(incorrect / correct) if (correct > 0).all() and (incorrect >= 0).all() else np.nan
-
-
-def final(run):
-    return run.log["accuracy"][-1]
 
 
 def tokens(log):

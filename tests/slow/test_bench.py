@@ -79,7 +79,6 @@ def test_rows_of_real_measurements(monkeypatch):
     assert len(growth) == 4 and all(re.match(r"[\d,]+: \d+ ms; ", row[1]) and float(row[2]) < 3 for row in growth)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_an_idea_is_what_it_is_called(monkeypatch):
     asked, calls, fused = {}, [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(bench, "in_turn", lambda rounds, **functions: asked.update(functions))
@@ -99,6 +98,7 @@ def test_an_idea_is_what_it_is_called(monkeypatch):
     assert flops("uncached")[0] == pytest.approx(shipped * 4 / 3) and flops("loop")[0] == shipped  # a forward pass more
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_peak_memory_holds_the_reference_of_fpa_only(monkeypatch):
     monkeypatch.setattr(bench, "in_turn", twice)
     seconds, memory = bench.overhead(1, quick=True)
