@@ -11,10 +11,10 @@ tokens, V vocabulary.
 
 With reward r = +1 (correct) or -1 (incorrect) every offline loss has a gradient of one form,
 
-    grad loss = - r C grad logp_sum        C >= 0 (mostly): raise correct rows, lower incorrect ones
+    grad loss = - r C grad logp_sum
 
-and the methods differ in the coefficient C. Since grad logp_sum = |y| grad logp_mean, C |y| is the weight of grad logp_mean.
-FPA replaces C(pi) by C(pi_hat).
+and the methods differ in the coefficient C. Only asymre, pessimistic and a_star_po can have a negative C. FPA replaces C(pi) by
+C(pi_hat). Since grad logp_sum = |y| grad logp_mean, C |y| is the weight of grad logp_mean.
 
 Left out: label smoothing and other variants of the neighbours, and GRPO's penalty towards the reference policy.
 """
@@ -41,7 +41,7 @@ def fpa_loss(logits, ref_logits, tokens, mask, reward, lam=2.0):
 
     To use it: start the training at the frozen model, so that the first step is Off-RL's. Let half of each batch be correct.
     Compute ref_logits under torch.no_grad(), and both in float32, since lam magnifies rounding. Watch the accuracy and the
-    log-ratio of correct rows, not the loss.
+    log-ratio of correct rows, not the loss. FPA on incorrect rows only keeps Off-RL's weight, logp_mean.exp(), on correct rows.
     """
     length = checked_length(mask, reward)
     logp_mean = token_logps(logits, tokens, mask).sum(-1) / length  # what the policy thinks of each answer now
@@ -111,8 +111,8 @@ def fpa(logp_sum, future_logp_sum, length, reward, target="both"):
 
     The paper's targeted FPA: target "correct" or "incorrect" keeps the present coefficient on the other rows.
     """
-    weighted = torch.where(target_rows(reward, target), future_logp_sum, logp_sum)
-    coefficient = ((weighted / length).exp() / length).detach()
+    deciding = torch.where(target_rows(reward, target), future_logp_sum, logp_sum)
+    coefficient = ((deciding / length).exp() / length).detach()
     return -reward * coefficient * logp_sum, coefficient
 
 
@@ -131,7 +131,7 @@ def fpa_form(logp_sum, reward, present, future, target="both", pairs=False):
 def surrogate(logp_sum, reward, present, future, target, pairs):
     """`fpa_form` without its check, which would synchronise a GPU at every step."""
     coefficient = torch.where(target_rows(reward, target), future, present).detach()
-    return (-reward * coefficient * logp_sum).sum() / (len(reward) // (1 + pairs)), coefficient
+    return (-reward * coefficient * logp_sum).sum() / (len(reward) // 2 if pairs else len(reward)), coefficient
 
 
 def target_rows(reward, target):
@@ -280,17 +280,15 @@ def rpo(logratio, logp_sum, length, beta=0.1, alpha=1.0):
 # --- online
 
 
-def grpo(logps, advantage, mask, dapo=False, old_logps=None, clip=0.2):
-    """GRPO (Shao et al. 2024, eq. 3, without its KL term): -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) per token.
+def grpo(logps, advantage, mask, dapo=False):
+    """GRPO (Shao et al. 2024, eq. 3, without its KL term): -A pi_theta / sg[pi_theta], the mean over a row's tokens.
 
-    logps, old_logps (B, T-1) as `token_logps` gives them, under pi_theta and under the policy that sampled (pi_theta itself
-    where old_logps is None); advantage (B,); mask (B, T). Returns losses (B,), whose mean is the objective, and C = |A| / |y|.
-    A row's loss is the mean over its tokens. With dapo the batch's mean |y| takes the place of |y|, in C too: every token of
-    the batch weighs the same (DAPO, Yu et al. 2025, eq. 8).
+    The policy that sampled is pi_theta itself, because each sample serves one step. So the ratio is 1, and clipping never acts.
+    logps (B, T-1) as `token_logps` gives them; advantage (B,); mask (B, T). Returns losses (B,), whose mean is the objective,
+    and C = |A| / |y|. With dapo the batch's mean |y| takes the place of |y|, in C too: every token of the batch weighs the
+    same (DAPO, Yu et al. 2025, eq. 8).
     """
-    ratio = (logps - (logps.detach() if old_logps is None else old_logps)).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    gain = torch.minimum(ratio * advantage[:, None], clipped * advantage[:, None])  # (B, T-1)
+    gain = (logps - logps.detach()).exp() * advantage[:, None]  # (B, T-1)
     length = mask[:, 1:].sum(-1).float()
     length = (length.mean() if dapo else length).clamp(min=1)  # a collapsed policy may sample PAD at once
     return -gain.masked_fill(~mask[:, 1:].bool(), 0.0).sum(-1) / length, advantage.abs() / length
@@ -302,7 +300,7 @@ def group_advantage(reward, group_size):
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
 
-# --- the table: a loss is one row. Flags, their checks, help, labels, run names and the docs' tables derive from it.
+# --- the table: a loss is one row. Flags, their checks, help, labels, run names and README's table derive from it.
 
 
 @dataclass(frozen=True)
@@ -312,7 +310,6 @@ class Loss:
     function: callable
     label: str  # in figures and tables
     idea: str  # one line
-    coefficients: tuple[str, str]  # C_w on correct rows, C_l on incorrect ones, in Markdown
     defaults: dict = field(default_factory=dict)  # its hyperparameters, each with an entry in HYPERPARAMETERS
     pairs: bool = False  # its rows are pairs
     has_fpa_form: bool = False  # lam > 0 evaluates its coefficient at the future policy; `fpa`'s function does so itself
@@ -358,41 +355,29 @@ HYPERPARAMETERS = {
 }
 
 LOSSES = {
-    "off_rl": Loss(off_rl, "Off-RL", "raise π̄ of correct rows, lower π̄ of incorrect ones", (r"π̄_w / \|y_w\|", r"π̄_l / \|y_l\|"),
+    "off_rl": Loss(off_rl, "Off-RL", "raise π̄ of correct rows, lower π̄ of incorrect ones", has_fpa_form=True),
+    "fpa": Loss(fpa, "FPA", "Off-RL with its weight from the future policy", {"lam": 2.0, "target": "both"}, form_of="off_rl"),
+    "simper": Loss(simper, "SimPER", "Off-RL on pairs of one problem", pairs=True, has_fpa_form=True),
+    "dpo": Loss(dpo, "DPO", "widen the margin between the log-ratios of a pair", {"beta": 0.1}, pairs=True, has_fpa_form=True),
+    "rpo": Loss(rpo, "RPO", "DPO, and raise the correct row", {"beta": 0.1, "alpha": 1.0}, pairs=True, has_fpa_form=True),
+    "kto": Loss(kto, "KTO", "DPO without pairs: each row against z0, the mean log-ratio of mismatched answers", {"beta": 0.1},
         has_fpa_form=True),
-    "fpa": Loss(fpa, "FPA", "Off-RL with its weight from the future policy",
-        (r"π̄_w at π̂ / \|y_w\|", r"π̄_l at π̂ / \|y_l\|"), {"lam": 2.0, "target": "both"}, form_of="off_rl"),
-    "simper": Loss(simper, "SimPER", "Off-RL on pairs of one problem", (r"π̄_w / \|y_w\|", r"π̄_l / \|y_l\|"),
-        pairs=True, has_fpa_form=True),
-    "dpo": Loss(dpo, "DPO", "widen the margin between the log-ratios of a pair", ("β σ(β(Δ_l − Δ_w))", "the same"),
-        {"beta": 0.1}, pairs=True, has_fpa_form=True),
-    "rpo": Loss(rpo, "RPO", "DPO, and raise the correct row", (r"DPO's + α / \|y_w\|", "DPO's"),
-        {"beta": 0.1, "alpha": 1.0}, pairs=True, has_fpa_form=True),
-    "kto": Loss(kto, "KTO", "DPO without pairs: each row against z0, the mean log-ratio of mismatched answers",
-        ("β s(1 − s), s = σ(β(Δ_w − z0))", "β s(1 − s), s = σ(β(z0 − Δ_l))"), {"beta": 0.1}, has_fpa_form=True),
-    "a_star_po": Loss(a_star_po, "A*-PO", "regress β·log-ratio on r01 − V*",
-        ("2β(r01 − V* − βΔ_w)", "2β(V* − r01 + βΔ_l)"), {"beta": 1e-3}),
-    "pessimistic": Loss(pessimistic, "pessimistic", "regress β·log-ratio on r − its mean, shifted",
-        ("2β(A − βΔ_w), A = r − mean(r) + shift·β", "2β(βΔ_l − A)"), {"beta": 0.1, "shift": 0.0}),
-    "sft": Loss(sft, "SFT", "fine-tune on the correct rows alone", (r"1 / \|y_w\|", "0")),
-    "reinforce": Loss(reinforce, "REINFORCE", "push all rows with the same weight", (r"1 / \|y_w\|", r"1 / \|y_l\|")),
-    "nsr": Loss(nsr, "NSR", "REINFORCE with a small weight on correct rows, or none",
-        (r"weight / \|y_w\|", r"1 / \|y_l\|"), {"weight": 0.1}),
-    "asymre": Loss(asymre, "AsymRE", "REINFORCE against a baseline a little below the mean reward",
-        (r"(1 − V) / \|y_w\|, V = mean(r) − shift", r"(1 + V) / \|y_l\|"), {"shift": 0.1}),
-    "topr": Loss(topr, "TOPR", "SFT, and incorrect rows pushed down with weight min(π / π_ref, 1)",
-        (r"1 / \|y_w\|", r"min(π_θ / π_ref, 1) / \|y_l\|"), has_fpa_form=True),
-    "future_topr": Loss(topr, "future TOPR", "TOPR with its weight from the future policy",
-        (r"1 / \|y_w\|", r"min(π̂ / π_ref, 1) / \|y_l\|"), {"lam": 2.0, "target": "both"}, has_fpa_form=True, form_of="topr"),
-    "constant": Loss(constant, "constant", "a control: a constant weight on incorrect rows",
-        (r"π̄_w / \|y_w\|", r"weight / \|y_l\|"), {"weight": 0.25}),
+    "a_star_po": Loss(a_star_po, "A*-PO", "regress β·log-ratio on r01 − the problem's optimal value", {"beta": 1e-3}),
+    "pessimistic": Loss(pessimistic, "pessimistic", "regress β·log-ratio on r − the problem's mean r, shifted",
+        {"beta": 0.1, "shift": 0.0}),
+    "sft": Loss(sft, "SFT", "fine-tune on the correct rows alone"),
+    "reinforce": Loss(reinforce, "REINFORCE", "Off-RL with a weight of 1 on every row"),
+    "nsr": Loss(nsr, "NSR", "REINFORCE with a small weight on correct rows, or none", {"weight": 0.1}),
+    "asymre": Loss(asymre, "AsymRE", "REINFORCE against a baseline a little below the mean reward", {"shift": 0.1}),
+    "topr": Loss(topr, "TOPR", "SFT, and incorrect rows pushed down with weight min(π / π_ref, 1)", has_fpa_form=True),
+    "future_topr": Loss(topr, "future TOPR", "TOPR with its weight from the future policy", {"lam": 2.0, "target": "both"},
+        has_fpa_form=True, form_of="topr"),
+    "constant": Loss(constant, "constant", "a control: a constant weight on incorrect rows", {"weight": 0.25}),
     "sharpened": Loss(sharpened, "sharpened", "a control: Off-RL's weight to a power, without a reference",
-        (r"π̄_w^(1+λ) / \|y_w\|", r"π̄_l^(1+λ) / \|y_l\|"), {"lam": 2.0, "target": "both"}),
-    "power": Loss(power, "power", "a control: FPA's weight as a product of probabilities, without extrapolated logits",
-        (r"min(π̄_w (π̄_w / π̄_ref)^λ, 1) / \|y_w\|", r"min(π̄_l (π̄_l / π̄_ref)^λ, 1) / \|y_l\|"),
         {"lam": 2.0, "target": "both"}),
-    "grpo": Loss(grpo, "GRPO", "online: sample groups, and push by the advantage in the group",
-        (r"\|A\| / \|y\|, A = (r − mean) / (std + 1e-4)", "the same"), {"dapo": False}, online=True),
+    "power": Loss(power, "power", "a control: FPA's weight as a product of probabilities, without extrapolated logits",
+        {"lam": 2.0, "target": "both"}),
+    "grpo": Loss(grpo, "GRPO", "online: sample groups, and push by the advantage in the group", {"dapo": False}, online=True),
 }  # fmt: skip
 
 

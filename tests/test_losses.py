@@ -426,7 +426,7 @@ def test_rows_have_the_defaults_of_their_functions_and_a_flag_for_each():
         arguments = inspect.signature(row.function).parameters
         for name, value in row.defaults.items():
             assert name in losses.HYPERPARAMETERS and (name not in arguments or arguments[name].default == value)
-        assert row.label and row.idea and len(row.coefficients) == 2
+        assert row.label and row.idea
         assert not row.form_of or LOSSES[row.form_of].has_fpa_form
 
 
@@ -690,18 +690,15 @@ def test_group_advantage_by_hand():
 
 def test_grpo_by_hand():
     mask = torch.tensor([[False, True, True], [False, True, False]])
-    ratio = torch.tensor([[1.5, 0.5], [1.5, 9.0]])
-    old = torch.full((2, 2), -1.0)
-    leaf = (old + ratio.log()).requires_grad_()
-    rows = losses.grpo(leaf, torch.tensor([2.0, -1.0]), mask, old_logps=old)[0]
-    assert rows.tolist() == pytest.approx([-(2 * 1.2 + 2 * 0.5) / 2, 1.5])  # 1.5 is clipped to 1.2 where A > 0 only
+    leaf = torch.tensor([[-1.0, -0.5], [-2.0, -9.0]], requires_grad=True)
+    rows, coefficient = losses.grpo(leaf, torch.tensor([2.0, -1.0]), mask)
+    assert rows.tolist() == [-2, 1] and coefficient.tolist() == [1, 1]  # the ratio is 1, whatever the probability
     rows.sum().backward()
-    assert leaf.grad.tolist() == [pytest.approx([0, -0.5]), pytest.approx([1.5, 0])]
-    small = losses.grpo(old + math.log(0.5), torch.tensor([2.0, -1.0]), mask, old_logps=old)[0]
-    assert small.tolist() == pytest.approx([-2 * 0.5, 0.8])  # 0.5 is clipped to 0.8 where A < 0 only
-    per_token = losses.grpo(leaf, torch.tensor([2.0, -1.0]), mask, dapo=True, old_logps=old)[0].mean()
-    assert per_token.item() == pytest.approx(-(2 * 1.2 + 2 * 0.5 - 1.5) / 3)  # three tokens in the batch
-    assert losses.grpo(leaf, torch.tensor([2.0, -1.0]), torch.zeros_like(mask), old_logps=old)[0].tolist() == [0, 0]
+    assert leaf.grad.tolist() == [[-1, -1], [1, 0]]
+    rows, coefficient = losses.grpo(leaf, torch.tensor([2.0, -1.0]), mask, dapo=True)
+    assert rows.mean().item() == pytest.approx(-(2 + 2 - 1) / 3)  # three tokens in the batch
+    assert coefficient.tolist() == pytest.approx([2 / 1.5, 1 / 1.5])
+    assert losses.grpo(leaf, torch.tensor([2.0, -1.0]), torch.zeros_like(mask))[0].tolist() == [0, 0]
 
 
 def test_grpo_on_its_own_samples_is_reinforce_with_the_advantage():
