@@ -8,7 +8,6 @@ The command also draws the figures of study/figures.py. `python -m study.verdict
 """
 
 import functools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from matplotlib.patches import Patch
 
 from losses import LOSSES
 from plumbing.files import printable_path
-from plumbing.flags import NO_DEFAULT, command, command_line
+from plumbing.flags import NO_DEFAULT, check_folder, command, command_line
 from study import drawing, figures, page
 from study.drawing import (
     LAST_OR_BEST,
@@ -33,7 +32,18 @@ from study.drawing import (
     panel_accuracy,
     styled,
 )
-from study.results import METRIC, by, by_method, label, main_runs, mean_and_interval, read_folder, summary, where
+from study.results import (
+    by,
+    by_method,
+    label,
+    main_runs,
+    mean_and_interval,
+    metric,
+    of_experiment,
+    read_folder,
+    summary,
+    where,
+)
 
 CORRECT = "logratio_correct"
 SPREAD = {(5, 95): 0.22, (25, 75): 0.45}  # percentiles of the correct rows between which a band lies: its opacity
@@ -204,7 +214,7 @@ def figure_rates(runs):
     eight other seeds at the best rate, and the bar is its interval. The right panel has λ = 2 on some rows, and Off-RL.
     """
     names = ("lambda-grid", "targets-grid"), ("lambda", "targets")
-    grid, best = ([run for name in some for run in figures.of_experiment(runs, name)] for some in names)
+    grid, best = ([run for name in some for run in of_experiment(runs, name)] for some in names)
     if not grid:
         return None
     figure, axes = canvas(1, 2, row_height=4)
@@ -218,10 +228,10 @@ def figure_rates(runs):
             if len(methods) > 4 and some[0].get("lam"):  # in order, where the shades of one loss are not
                 colour = drawing.plt.get_cmap("viridis")(shift / len(methods))
             rates = by(some, lambda run: run.config["lr"])
-            means = [np.mean([run.log[METRIC][-1] for run in two]) for two in rates.values()]
+            means = [np.mean([*map(metric, two)]) for two in rates.values()]
             axis.plot(list(rates), means, color=colour, label=label(method))
             if ends := [run for run in best if run.method == method]:
-                mean, half = mean_and_interval([run.log[METRIC][-1] for run in ends])
+                mean, half = mean_and_interval([*map(metric, ends)])
                 axis.errorbar(ends[0].config["lr"] * 1.04**shift, mean, half, fmt="o", color=colour, capsize=3)
         axis.set(title=title, xscale="log", xlabel="learning rate, log scale", ylabel="accuracy, T = 0.7", ylim=(-0.02, 1))
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
@@ -252,8 +262,8 @@ def run(argv=None):
     )
     args = parser.parse_args(argv)
     to = args.to or args.runs / "figures"
-    if os.path.lexists(to) and not os.path.isdir(to):
-        parser.error(f"argument --to: {to} is not a folder")
+    if args.to or to.exists():  # otherwise the runs are looked at first
+        check_folder(parser, "--to", to)
     with command(parser.prog, f"the figures in {to} are whole, some of them may be of before", to):
         runs = read_folder(args.runs)
         print(summary(runs))

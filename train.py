@@ -39,7 +39,8 @@ def add_logps(model, b, lam=0.0):
     """Add to a batch of answers what the losses need of the policy: logps (B, T-1), logp_sum, future_logp_sum, logratio (B,).
 
     b holds inputs (B, L), prompts and answers; start, the position that predicts an answer's first token; tokens (B, T), the
-    inputs from there on; mask (B, T), True on the answer; ref_logits (B, T, V) and ref_logp_sum (B,) of the base model.
+    inputs from there on; mask (B, T), True on the answer; ref_logits (B, T, V) and ref_logp_sum (B,) of the base model. What
+    else the losses take, such as reward and length (B,), stays as it is.
     """
     logits = model(b.inputs, b.start)  # (B, T, V), what the policy thinks of these answers now
     b.logps = token_logps(logits, b.tokens, b.mask)  # (B, T-1)
@@ -75,7 +76,8 @@ def train_policy(args, settings, folder, world, title=""):
     begin(folder, {**settings, "measured": world.measured, "environment": environment(args.device)}, args.resume)
     exam = Exam(run, world)
     spent = {} if online else world.spent()  # seconds and tokens that sampling the rollouts took
-    steps = Steps("", args.skip_nonfinite, ids, f"; the last checkpoint, if there was one, is kept in {folder}")
+    kept = f"; the last checkpoint, if there was one, is kept in {folder}"
+    steps = Steps(what="", tolerated=args.skip_nonfinite, ids=ids, kept=kept)
     log = Log(folder, exam, run.steps, run.eval_every, steps, observer, title, **spent)
 
     parts = {"log": log, "random": Random(generator)}

@@ -17,14 +17,6 @@ from plumbing.log import pass_at
 from . import rollouts
 
 
-def by_problem(rows, values):
-    """What was measured of each rollout -> a list for each problem."""
-    lists = {}
-    for row, value in zip(rows, values, strict=True):
-        lists.setdefault(row["problem_id"], []).append(value)
-    return list(lists.values())
-
-
 def majority(votes):
     """The chance that the answer with most votes is the right one, True, where a tie is broken by lot. None is no vote."""
     counts = collections.Counter(vote for vote in votes if vote is not None)
@@ -54,7 +46,10 @@ def report(rows, votes):
 
     A row's vote is what its answer is counted as (`gym.vote`).
     """
-    problems = by_problem(rows, [row["label"] or vote for row, vote in zip(rows, votes, strict=True)])
+    by_id = {}
+    for row, vote in zip(rows, votes, strict=True):
+        by_id.setdefault(row["problem_id"], []).append(row["label"] or vote)
+    problems = list(by_id.values())
     n, one = min(map(len, problems)), len(problems) == 1
 
     def shown(name, k):
@@ -69,7 +64,7 @@ def report(rows, votes):
 
 def run(argv=None):
     parser = command_line("Measure pass@k and maj@k of a checkpoint on problems.", prog="python -m full_scale.evaluate")
-    rollouts.run(argv, parser, n=8, temperature=0.7, report=report)
+    rollouts.run(argv, parser, temperature=0.7, report=report)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.integrations.gguf import read_gguf_metadata
 
-from plumbing.files import UserError, one_line, shown, write_json
+from plumbing.files import UserError, raising, shown, write_json
 
 NAME = ".unpacked.gguf"  # a link to the file, in its folder
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -22,19 +22,16 @@ MOST_LAYERS = 1000  # each takes time to build, however small it is
 folders = []  # removed at the end
 
 
-def raising(read, path):
-    """What a function makes of a file. Raises UserError, whatever it raises itself."""
-    try:
-        with np.errstate(all="ignore"):
-            return read(path)
-    except Exception as error:  # numpy's, struct's, the libraries' own
-        raise UserError(f"{path}: not a GGUF file that is read here: {one_line(error, path)[:300]}") from None
+def made_of(read, path):
+    """What a function makes of a file. Raises UserError."""
+    with np.errstate(all="ignore"):
+        return raising(path, lambda: read(path), "not a GGUF file that is read here: ")
 
 
 @functools.cache
 def read_file(path):
     """(metadata, tensors) of a file; only what is read from it later takes memory. Raises UserError."""
-    metadata, _ = raising(read_gguf_metadata, path)
+    metadata, _ = made_of(read_gguf_metadata, path)
     kind = metadata["general.architecture"]
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(f"{path}: architecture {shown(kind)} is not supported, only {', '.join(ARCHITECTURES)}")
@@ -43,7 +40,7 @@ def read_file(path):
         raise UserError(f"{path}: block_count is {shown(layers)}, not a whole number from 1 to {MOST_LAYERS:,}")
     if (scaling := metadata.get(f"{kind}.rope.scaling.type", "none")) != "none":
         raise UserError(f"{path}: rotary scaling {shown(scaling)} is not supported")
-    return metadata, raising(gguf.GGUFReader, path).tensors
+    return metadata, made_of(gguf.GGUFReader, path).tensors
 
 
 @functools.cache
@@ -60,20 +57,22 @@ def unpacked(path):
         tokenizer.save_pretrained(folder)
         return config, tokenizer
 
-    config, tokenizer = raising(read, path)
-    for name in (
-        "transformers_version",
-        "_name_or_path",
-    ):  # so that neither a newer one nor the folder makes it another checkpoint
+    config, tokenizer = made_of(read, path)
+    for name in ("transformers_version", "_name_or_path"):  # neither a newer one nor the folder makes it another checkpoint
         config.pop(name, None)
     architecture = ARCHITECTURES[metadata["general.architecture"]]
     write_json(folder / "config.json", {**config, "architectures": [architecture], "eos_token_id": tokenizer.eos_token_id})
     return folder
 
 
+def packed(folder):
+    """The .gguf file that `unpacked` made a folder of; None of another folder, whatever links it holds."""
+    return (folder / NAME).readlink() if str(folder) in {made.name for made in folders} else None
+
+
 def named(folder):
     """What an error about a folder's config names: its config.json, or the .gguf file that it was unpacked from."""
-    return (folder / NAME).readlink() if (folder / NAME).is_symlink() else folder / "config.json"
+    return packed(folder) or folder / "config.json"
 
 
 def stored(path, wanted):
@@ -90,7 +89,7 @@ def headers(path, wanted):
     """{published name: (shape, type)} of a file. Raises UserError where a type cannot be dequantised."""
     entries, _ = stored(path, wanted)
     for entry in entries.values():
-        raising(lambda _: gguf.dequantize(entry.data[: len(entry.shape) - 1], entry.tensor_type), path)  # noqa: B023 (a row)
+        made_of(lambda _: gguf.dequantize(entry.data[: len(entry.shape) - 1], entry.tensor_type), path)  # a row
     return {name: (entry.shape.tolist()[::-1], entry.tensor_type) for name, entry in entries.items()}
 
 
@@ -101,7 +100,7 @@ def tensors(path, wanted):
     count = metadata.get(f"{kind}.attention.head_count")
     heads = {query: count, key: metadata.get(f"{kind}.attention.head_count_kv", count)}
     for name in wanted:
-        values = raising(lambda _: gguf.dequantize(entries[name].data, entries[name].tensor_type), path)  # noqa: B023
+        values = made_of(lambda _: gguf.dequantize(entries[name].data, entries[name].tensor_type), path)
         tensor, layer = torch.from_numpy(np.array(values, np.float32)), name.split(".", 3)[-1]
         if kind == "llama" and layer in heads:  # there dimension 2 i turns with 2 i + 1, here i with i + D/2
             tensor = tensor.unflatten(0, (heads[layer], -1, 2)).transpose(1, 2).flatten(0, 2)

@@ -14,7 +14,7 @@ import functools
 import json
 import re
 
-from plumbing.files import UserError, field, one_line, printable_path, shown, write_text
+from plumbing.files import UserError, field, printable_path, raising, shown, write_text
 from plumbing.flags import NO_DEFAULT, command, command_line, count, natural, nearest
 
 from . import verdict
@@ -50,14 +50,6 @@ def dataset(task, config):
     if unknown := config.keys() - names:
         raise UserError(f"{task} has no setting {min(unknown)}, only {', '.join(names)}")
     return raising(task, lambda: library().create_dataset(task, **config))
-
-
-def raising(task, call):
-    """What a call into the library returns. Raises UserError, whatever it raises itself: its checks are assertions."""
-    try:
-        return call()
-    except Exception as error:
-        raise UserError(f"{task}: {one_line(error, task)[:300]}") from None
 
 
 def generator_of(task, config):

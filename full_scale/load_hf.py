@@ -52,8 +52,8 @@ def weight_files(folder):
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if not (folder / INDEX).exists():
-        if (folder / gguf_file.NAME).is_symlink():
-            return [(folder / gguf_file.NAME).readlink()]
+        if file := gguf_file.packed(folder):
+            return [file]
         pickles = "pickle checkpoints (.bin, .pt) are refused: they can run any code"
         raise UserError(f"{folder}: no model.safetensors, nor {INDEX}; {pickles}")
     names = read_json(folder / INDEX).get("weight_map")
@@ -77,7 +77,7 @@ def headers(path, wanted):
         return gguf_file.headers(path, wanted)
     try:
         with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # not a dict
             return {name: (header.get_shape(), header.get_dtype()) for name, header in slices.items()}
     except (SafetensorError, OSError, RuntimeError) as error:  # the last: a file larger than can be mapped
         raise UserError(f"{path}: not a whole safetensors file: {error}") from None

@@ -19,7 +19,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils import logging
 
 from model import GPT, GPTConfig
-from plumbing.files import UserError, one_line, read_json, shown
+from plumbing.files import UserError, one_line, raising, read_json, shown
 
 from . import gguf_file
 
@@ -126,10 +126,7 @@ def read_config(folder):
             raise UserError(f"{path}: {name} is not supported")
     for name, most in MOST.items():
         within(raw.get(name, 1), name, path, most)
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # it raises nothing narrower
-        raise UserError(f"{path}: {one_line(error, path)[:300]}") from None
+    return raising(path, lambda: AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
 
 
 def within(value, name, path, most):
@@ -156,16 +153,15 @@ def gpt_config(folder):
     for what, found in refused.items():
         if found:
             raise UserError(f"{path}: {what} is not supported")
-    heads, width = published.num_attention_heads, published.hidden_size
     numbers = {"rms_norm_eps": published.rms_norm_eps, **{name: rope.get(name) for name in ["rope_theta", *scaling]}}
     for name, value in numbers.items():
         if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise UserError(f"{path}: {name} is {shown(value)}, not a number above 0")
     if scaling and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
         raise UserError(f"{path}: low_freq_factor must be below high_freq_factor")
-    names = ("vocab_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size")
+    names = "vocab_size num_hidden_layers num_key_value_heads intermediate_size num_attention_heads hidden_size".split()
     sizes = {name: within(getattr(published, name), name, path, 2**31 - 1) for name in names}
-    within(heads, "num_attention_heads", path, 2**31 - 1), within(width, "hidden_size", path, 2**31 - 1)
+    heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
     head_dim = getattr(published, "head_dim", width / heads)
     try:
         config = GPTConfig(

@@ -119,7 +119,9 @@ class Reference:
         for batch in progress(batches, desc="reference", disable=rank > 0 or None):
             mine = len(batch) > rank
             rows = batch[rank::world] if mine else batch[:1]  # every process takes part in every forward
-            hidden, logp_sum = self.forward(model, rows, None if prompts is None else prompts[rows])
+            tokens, mask = pack(data, rows, self.device, None if prompts is None else prompts[rows])
+            hidden, targets = completion_hidden(model, tokens, mask)
+            logp_sum = logp_sums(hidden, self.head, targets, mask)[0].cpu()
             sums[rows] = logp_sum if mine else sums[rows]
             waiting += [(rows, hidden.to(self.head.dtype).cpu())] * (stored and mine)
             if sum(hidden.nbytes for _, hidden in waiting) > SHARD_BYTES:
@@ -130,12 +132,6 @@ class Reference:
         model.reshard()  # FSDP2 does so in backward only, and the optimizer wants the shards
         return summed(sums.to(self.device)).cpu()
 
-    def forward(self, model, rows, prompts=None):
-        """Hidden states (N, D) of some rows' completions, and their logp_sum (B,) on the CPU."""
-        tokens, mask = pack(self.data, rows, self.device, prompts)
-        hidden, targets = completion_hidden(model, tokens, mask)
-        return hidden, logp_sums(hidden, self.head, targets, mask)[0].cpu()
-
     def write(self, waiting, rank, number):
         """Put hidden states, (rows, hidden) pairs, into a file of this process."""
         rows, hidden = zip(*waiting)
@@ -145,10 +141,6 @@ class Reference:
         except UserError as error:  # of this process alone, which has to print it
             raise OSError(str(error)) from None
         write_beside(path, {})
-
-    def future(self, rows, tokens, mask, lam):
-        """chunked_logps' last three arguments for some rows: hidden states (N, D), head and lam; none where lam is 0."""
-        return (self.hidden(rows, tokens, mask), self.head, lam) if lam else ()
 
     def hidden(self, rows, tokens, mask):
         """The reference's hidden states (N, D) of some rows' completions."""

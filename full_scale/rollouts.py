@@ -46,7 +46,7 @@ from plumbing.log import progress
 
 from . import gym
 from .formats import json_lines
-from .gguf_file import named
+from .gguf_file import packed
 from .load_hf import checkpoint_key, load_pretrained
 from .prompts import PROMPT, ChatTokenizer
 from .published import checkpoint_name, fetch
@@ -101,10 +101,10 @@ def asking(args):
 def sampler(args, asked, date):
     """A function from prompts' ids and the number of samples of each to [[ids]], the tokenizer, and the texts that end."""
     folder = fetch(args.model)
-    packed = named(folder).suffix == ".gguf"
-    if packed and args.engine == "vllm":
+    unpacked = packed(folder) is not None
+    if unpacked and args.engine == "vllm":
         raise UserError(f"{args.model}: vLLM does not sample from a .gguf file here; --engine own does")
-    if args.engine == "vllm" or (args.engine == "auto" and not packed and torch.cuda.is_available() and find_spec("vllm")):
+    if args.engine == "vllm" or (args.engine == "auto" and not unpacked and torch.cuda.is_available() and find_spec("vllm")):
         return vllm_sampler(args, asked, folder, date)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_pretrained(folder, torch.float32 if device == "cpu" else torch.bfloat16, device)
@@ -176,12 +176,12 @@ def vllm_sampler(args, asked, folder, date):
     def sample(prompts, counts, seed):
         most = max(counts)  # vLLM gives a prompt's samples the seeds from its own one on, so the prompts' lie apart
         greedy = args.temperature == 0  # vLLM takes one such sample alone
-        asked = [
+        params = [
             SamplingParams(n=1 if greedy else wanted, temperature=args.temperature, max_tokens=args.max_tokens,
                            seed=seed + i * most, stop=texts, stop_token_ids=sorted(tokenizer.stops), skip_special_tokens=False)
             for i, wanted in enumerate(counts)
         ]  # fmt: skip
-        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked)
+        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
         answers = [[list(sampled.token_ids) for sampled in output.outputs] for output in outputs]
         return [some * wanted if greedy else some for some, wanted in zip(answers, counts)]
 
@@ -325,7 +325,7 @@ def text(value):
     return value
 
 
-def add_flags(parser, n, temperature):
+def add_flags(parser, temperature):
     """The flags of rollouts.py and evaluate.py."""
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="hub name, folder or .gguf file of the checkpoint that answers, or a "
@@ -338,7 +338,7 @@ def add_flags(parser, n, temperature):
         help=f"JSON lines: a problem and its answer each, or what full_scale.gym wrote{NO_DEFAULT}",
     )
     add("--fields", nargs=2, default=["problem", "answer"], metavar=("PROBLEM", "ANSWER"), help="names of these two fields")
-    add("--n", default=n, type=count, help="samples of each problem")
+    add("--n", default=8, type=count, help="samples of each problem")
     add("--temperature", default=temperature, type=zero_or_temperature, metavar="X", help="0: the most likely token")
     add("--system", metavar="TEXT", help=f"instruction, '' for none (default: {PROMPT} With --shots: none){NO_DEFAULT}")
     add("--shots", nargs=2, action=Shots, metavar=("FILE", "N"), help="solved problems before each one, the first N of a file")
@@ -360,11 +360,11 @@ def add_flags(parser, n, temperature):
     add("--skip-bad-lines", action="store_true", help="go on without the problems' bad lines")
 
 
-def run(argv=None, parser=None, n=8, temperature=1.0, report=None):
+def run(argv=None, parser=None, temperature=1.0, report=None):
     """The command, or with evaluate.py's parser, defaults and report that one; what goes wrong is one line and exit code 2."""
     description = "Sample a checkpoint's answers to problems, verify them, and write them as JSON lines."
     parser = parser or command_line(description, prog="python -m full_scale.rollouts")
-    add_flags(parser, n, temperature)
+    add_flags(parser, temperature)
     parser.add_argument(
         "--out",
         required=True,

@@ -103,11 +103,12 @@ def training_step(model, optimizer, data, reference, rows, run, size):
     return numbers | {name: sums[name] for name in ("below_0.2_pi", "below_0.2_pihat", "tokens_trained")}
 
 
-def score(model, data, reference, rows, lam):
-    """logp_sum (B,) of some rows under the present and the future policy."""
-    tokens, mask = pack(data, rows, reference.device)
+def score(model, data, reference, rows, lam=0.0, prompts=None):
+    """logp_sum (B,) of some rows, after their own prompts or those of other rows, under the present and the future policy."""
+    tokens, mask = pack(data, rows, reference.device, prompts)
     hidden, targets = completion_hidden(model, tokens, mask)
-    return logp_sums(hidden, head_of(model), targets, mask, *reference.future(rows, tokens, mask, lam))
+    future = (reference.hidden(rows, tokens, mask), reference.head, lam) if lam else ()
+    return logp_sums(hidden, head_of(model), targets, mask, *future)
 
 
 @torch.no_grad()
@@ -115,9 +116,7 @@ def kto_z0(model, data, reference, batches):
     """KTO's z0 over all of a step's rows: the mean log-ratio, at least 0, after prompts of other problems."""
     total = torch.zeros(2, device=reference.device)
     for rows in batches:
-        tokens, mask = pack(data, rows, reference.device, data.other_prompt[rows])
-        hidden, targets = completion_hidden(model, tokens, mask)
-        logp_sum, _ = logp_sums(hidden, head_of(model), targets, mask)
+        logp_sum, _ = score(model, data, reference, rows, prompts=data.other_prompt[rows])
         logratio = logp_sum - reference.mismatched_logp_sum[rows].to(reference.device)
         total += torch.stack([logratio.sum(), torch.tensor(float(len(rows)), device=reference.device)])
     total = summed(total)
@@ -209,9 +208,7 @@ def warn_of_others(args, checkpoint, rows):
 def is_finished(run_folder, args):
     """Whether a run's last file is there: its model, or, without --save-model, its whole log."""
     log, whole = run_folder / "log.csv", (run_folder / "model" / "config.json").exists()
-    if whole or args.save_model or not log.exists():
-        return whole
-    return log.read_text().splitlines()[-1].startswith(f"{args.steps},")
+    return whole or (not args.save_model and log.exists() and f"\n{args.steps}," in log.read_text())
 
 
 def train_all(args, todo, data, folder, exam, mesh):

@@ -42,6 +42,14 @@ def one_line(error, path):
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def raising(path, call, said=""):
+    """What a call into a library returns. Raises UserError, whatever the library raises: some raise nothing narrower."""
+    try:
+        return call()
+    except Exception as error:
+        raise UserError(f"{path}: {said}{one_line(error, path)[:300]}") from None
+
+
 def printable_path(text):
     """An argparse type: a path that fits into one line, `~` expanded (a shell leaves it in --out=~/x). Raises ValueError."""
     if not text.strip() or not text.isprintable():

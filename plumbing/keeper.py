@@ -212,7 +212,7 @@ def load_checkpoint(path, model, optimizer, **expected):
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # not a dict
         if metadata["sha256"] != content_checksum(metadata["state"], tensors):
             raise ValueError("its checksum is another")
         state = json.loads(metadata["state"])

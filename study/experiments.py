@@ -162,10 +162,10 @@ def members(runs):
     }
 
 
-def missing(args, runs, diagnosed):
+def missing(args, runs):
     """Of a parsed command: the settings of the runs that are not held, or not with the diagnostics that it asks for."""
     wanted = train.run_settings(args)
-    enough = diagnosed if args.diagnostics else runs
+    enough = {run for run in runs if not args.diagnostics or "entanglement" in runs[run].tables}
     return {name: settings for name, settings in wanted.items() if identity(settings) not in enough}
 
 
@@ -192,7 +192,7 @@ def hours(experiment, runs):
 
 def listing(folder):
     """The experiments, a line each: its runs, how many of them a folder of tables holds, and its hours."""
-    runs, _ = held(folder)
+    runs = held(folder)
     lines = [f"{'experiment':16}{'runs':>6}{'held':>6}{'hours':>8}"]
     for name, cases in members(runs).items():
         experiment = {run: settings for some in cases.values() for run, settings in some.items()}
@@ -206,7 +206,7 @@ def listing(folder):
 
 def gather_known(out, folder):
     """Gather the finished runs of every experiment; the number of new ones."""
-    known = members(held(folder)[0])
+    known = members(held(folder))
     return gather(out, folder, {name: [run for some in cases.values() for run in some] for name, cases in known.items()})
 
 
@@ -217,9 +217,9 @@ def run_experiment(name, args):
     """
     copy_stages(BASES, args.out)
     together = {}  # {what train.py takes from a command beside its runs: (the command, the runs)}
-    runs, diagnosed = held(args.to)
+    runs = held(args.to)
     for case in commands(name, runs, args.out, args.jobs).values():
-        if todo := missing(case, runs, diagnosed):
+        if todo := missing(case, runs):
             same = digest([stage_settings(case, 0, 0), case.diagnostics])
             together.setdefault(same, (case, {}))[1].update(todo)
     try:

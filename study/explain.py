@@ -1,6 +1,6 @@
 """The method on one terminal screen: a pair of rollouts, its coefficients, and what one step does to every token.
 
-    python -m study.explain fpa      # or off_rl, simper, dpo, rpo, kto: each beside its FPA form; flags as train.py's
+    python -m study.explain fpa      # or off_rl, simper, dpo, rpo, kto, topr: each beside its FPA form; flags as train.py's
 
 First the policy takes some steps of the plain loss from the base model, where the future policy would be the present one. The
 pair is a correct and an incorrect rollout of the same problem, from these steps' batches. It is the one that shares most before

@@ -38,6 +38,8 @@ from study.results import (
     label,
     main_runs,
     mean_and_interval,
+    metric,
+    of_experiment,
     ratio_of_coefficients,
     tokens,
     tuned,
@@ -196,7 +198,7 @@ def figure_prompts(runs):
     ticks = sorted({run.config["prompts"] for some in methods.values() for run in some})
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    rollouts = some[0].config["rollouts"]
+    rollouts = runs[0].config["rollouts"]
     axis.set(xlabel=f"training prompts ({rollouts} rollouts each)", ylabel="final accuracy, T = 1", ylim=(0, 1))
     axis.legend(loc="lower right")
     return figure, [run for some in methods.values() for run in some]
@@ -230,11 +232,6 @@ def figure_cost(runs):
 # --- does the extrapolation predict the future?
 
 VIRIDIS = {lam: plt.get_cmap("viridis")(index / 3.5) for index, lam in enumerate((0.5, 1, 2, 5))}
-
-
-def of_experiment(runs, name):
-    """The runs of an experiment of study/experiments.py, where they come from its tables."""
-    return [run for run in runs if name in run.experiments]
 
 
 def diagnosed(runs):
@@ -367,9 +364,7 @@ def figure_ratio(runs):
     if len(losses) < 7:  # too few for a cloud
         return None
     base = np.mean([run.log[METRIC][0] for run in chosen])
-    dots = {
-        name: [(max(ratio_of_coefficients(run), 0.01), run.log[METRIC][-1]) for run in some] for name, some in losses.items()
-    }
+    dots = {name: [(max(ratio_of_coefficients(run), 0.01), metric(run)) for run in some] for name, some in losses.items()}
     every = [dot for some in dots.values() for dot in some]
     figure, axes = canvas(-(-len(losses) // 4), 4, row_height=2.6)
     for axis, name in zip(axes, [name for name in LOSSES if name in losses]):
@@ -389,7 +384,7 @@ def figure_diversity(runs):
     is its interval. A loss whose pass@16 lies to the left of the grey line has given up other answers.
     """
     chosen = of_experiment(runs, "final")
-    methods = sorted(by_method(chosen).items(), key=lambda item: -np.mean([run.log[METRIC][-1] for run in item[1]]))
+    methods = sorted(by_method(chosen).items(), key=lambda item: -np.mean([*map(metric, item[1])]))
     if len(methods) < 2:
         return None
     figure, axes = canvas(1, 2, row_height=0.3 * len(methods) + 1)

@@ -22,13 +22,13 @@ import train
 from plumbing import flags
 from plumbing.files import UserError, digest, one_line, printable_path
 from study import changed, lesson
-from study.results import by_method, label, mean_and_interval, read_runs
+from study.results import NOT_A_SETTING, by_method, by_seed, label, mean_and_interval, read_runs, where
 
 SEEDS = range(5)  # the stored runs'
 TO_BEAT = {"loss": "fpa", "lam": 2.0, "target": "incorrect"}
 PROGRAM = "python -m study.leaderboard"
 COLUMNS = {"accuracy": "accuracy", "accuracy_greedy": "greedy", "logratio_correct_below_0": "dragged down"}
-NOT_COMPARED = ("steps", "eval_every", "brake", "measured", "environment", "seed", *train.HYPERPARAMETERS, "loss")
+NOT_COMPARED = (*NOT_A_SETTING, "steps", "eval_every", "brake")
 
 
 # --- the brake
@@ -132,7 +132,7 @@ def board(name, own, stored, step):
 
 def verdict(name, own, stored, step):
     """The difference to the brake to beat, over the seeds that both have."""
-    theirs = {run.config["seed"]: run for run in stored if all(run.get(key) == value for key, value in TO_BEAT.items())}
+    theirs = by_seed(where(stored, **TO_BEAT))
     both = [(run, theirs[run.config["seed"]]) for run in own if run.config["seed"] in theirs]
     if len(both) == 1:
         return "One seed has no interval: give two or more."
@@ -155,8 +155,7 @@ def run(argv=None):
             path = printable_path(argv[0])
         except ValueError:
             raise UserError(f"{argv[0]!r} is no path: {PROGRAM} my_brake.py") from None
-        given = [] if "--seed" in argv else ["--seed", *map(str, SEEDS)]
-        args = train.parse_args(["--loss", "off_rl", "--device", "cpu", *given, *argv[1:]])
+        args = train.parse_args(["--loss", "off_rl", "--device", "cpu", "--seed", *map(str, SEEDS), *argv[1:]])
     with flags.command(PROGRAM, "finished runs, and checkpoints of the others, are kept; the same command goes on", args.out):
         runs = settings_of(args, path)
         stored = comparable(lesson.stored(), next(iter(runs.values())), args.steps)

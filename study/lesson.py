@@ -20,7 +20,7 @@ from losses import token_logps
 from plumbing.batches import batch_order, pair_order
 from plumbing.keeper import adamw, update
 from study import diagnostics, drawing, explain
-from study.results import by, by_method, extrapolated, label, main_runs, read_folder, where
+from study.results import by, by_method, label, main_runs, read_folder, where
 from study.tables import BASES, copy_stages
 from toy_math import stages
 from toy_math.tokenizer import decode
@@ -283,12 +283,13 @@ def figure_brakes(run, dpo_brake):
         brakes["Off-RL"].append(sum(present for *_, present, _ in rows) / count)
         brakes["FPA"].append(sum(future for *_, future in rows) / count)
     figure, (axis, *_) = drawing.canvas(1, 1, row_height=3.6)
+    brakes = {name: [value / values[0] for value in values] for name, values in brakes.items()}
     for (name, values), loss in zip(brakes.items(), ("dpo", "off_rl", "fpa")):
         said = f"{name}, β = {BETA:g}" if name == "DPO" else name
-        axis.plot(list(found), [value / values[0] for value in values], color=drawing.colour_of(loss), label=said)
+        axis.plot(list(found), values, color=drawing.colour_of(loss), label=said)
     axis.set(xlabel=f"training step of {label(run.method)}", ylabel="brake, as a share of its start", ylim=(0, 1.05))
     axis.legend()
-    return figure, {name: [value / values[0] for value in values] for name, values in brakes.items()}
+    return figure, brakes
 
 
 def figure_logs(logs):
@@ -311,16 +312,3 @@ def figure_logs(logs):
 def ends(runs):
     """{method: the mean accuracy of its runs at their last step}."""
     return {label(method): sum(run.log["accuracy"][-1] for run in some) / len(some) for method, some in by_method(runs).items()}
-
-
-def forecast(runs, lam=2):
-    """{t: KL of the future policy of step t from the policy of step (1 + λ) t, over the present policy's}: geometric means.
-
-    A value below 1 says that the future policy is nearer to the policy that it is meant to be.
-    """
-    logs = {}
-    for run in runs:
-        for (t, later, at), (future, present) in extrapolated(run).items():
-            if at == lam and later == (1 + lam) * t:
-                logs.setdefault(t, []).append(math.log(future / present))
-    return {t: math.exp(sum(values) / len(values)) for t, values in sorted(logs.items())}

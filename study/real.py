@@ -22,7 +22,7 @@ from plumbing.files import UserError, write_text
 from plumbing.keeper import warmup_cosine
 from study.claims import entanglement, margin, per_seed
 from study.diagnostics import GRADIENTS
-from study.results import each, fall, forecast, forecasts, last, paired, read_runs, run_folders, where, with_table
+from study.results import by_seed, each, fall, forecast, forecasts, last, paired, read_runs, run_folders, where, with_table
 from study.rule import Claim, Measured
 from study.sections import cases_table, table
 from study.tables import gather, held, identity, run_names
@@ -130,15 +130,15 @@ def run_case(name, args):
     finally:  # after an error too
         tables = tables_of(args.to, task)
         finished = [identity(run.config) for run in read_runs(run_folders(folder))]
-        gather(folder, tables, {task: dict.fromkeys([*held(tables)[0], *finished])})  # those gathered earlier stay the task's
+        gather(folder, tables, {task: dict.fromkeys([*held(tables), *finished])})  # those gathered earlier stay the task's
         write_text(Path(args.to) / "results.md", results(args.to))
 
 
 def study(folder):
     """{case: {seed: Run}} of a folder of tables."""
-    runs = {task: list(held(tables_of(folder, task))[0].values()) for task in PROBLEMS}
+    runs = {task: list(held(tables_of(folder, task)).values()) for task in PROBLEMS}
     chosen = {name: where(runs[task_of(name)], **settings) for name, settings in CASES.items()}
-    return {name: {run.config["seed"]: run for run in some} for name, some in chosen.items()}
+    return {name: by_seed(some) for name, some in chosen.items()}
 
 
 # --- the claims

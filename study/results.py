@@ -96,6 +96,7 @@ def checked(run, what):
             raise ValueError(f"no {', '.join(sorted(missing))}")
         if words := [name for name, values in run.log.items() if values.dtype.kind != "f"]:
             raise ValueError(f"{words[0]} is not a number")
+        # a damaged config raises here, and not where it is used
         hash((run.method, label(run.method), describe(run.config), order(run)[-1] + 0, int(run.log["step"][-1])))
         unfinished = run.log["step"][-1] < run.config["steps"]
     except DAMAGE as error:
@@ -257,6 +258,16 @@ def fpa_runs(runs, lam=2.0, target="both"):
 
 def by_method(runs):
     return by(runs, lambda run: run.method)
+
+
+def by_seed(runs):
+    """{seed: Run} of one method."""
+    return {run.config["seed"]: run for run in runs}
+
+
+def of_experiment(runs, name):
+    """The runs of an experiment of study/experiments.py or a search of study/tune.py, where they come from tables."""
+    return [run for run in runs if name in run.experiments]
 
 
 # Of the runs that chose settings (1000 to 1004) and the default task (2000 to 2004). No claim is measured on these seeds.
@@ -424,3 +435,16 @@ def forecasts(run, accepts, column="kl"):
 def forecast(accepts, column="kl"):
     """The future policy's distance over the present one's, geometric mean: a function of a run."""
     return lambda run: np.exp(np.mean(np.log(np.divide(*forecasts(run, accepts, column)))))
+
+
+def forecast_by_step(runs, lam=2):
+    """{t: KL of the future policy of step t from the policy of step (1 + λ) t, over the present policy's}: geometric means.
+
+    A value below 1 says that the future policy is nearer to the policy that it is meant to be.
+    """
+    logs = {}
+    for run in runs:
+        for (t, later, at), pair in extrapolated(run).items():
+            if at == lam and later == (1 + lam) * t:
+                logs.setdefault(t, []).append(np.log(np.divide(*pair)))
+    return {t: np.exp(np.mean(values)) for t, values in sorted(logs.items())}

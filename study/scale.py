@@ -70,14 +70,14 @@ def run_scale(name, args):
     """Train what is missing, stage by stage: the grid first, then the cases at the rates that it chose."""
     copy_stages(BASES, args.out)
     while True:
-        runs, _ = held(args.to)
+        runs = held(args.to)
         cases = members(runs)
         lacking = [settings for some in cases.values() for run, settings in some.items() if run not in runs]
         if not lacking and "AdamW" not in cases:
             raise UserError(f"{args.to}: AdamW's rate comes from the runs of `python -m study.experiments lambda-grid`")
         if not lacking:
             return print(f"all of its {sum(map(len, cases.values()))} runs are in {args.to}")
-        command = experiments.command_of("--loss fpa", sorted({s["seed"] for s in lacking}), args.out, args.jobs)
+        command = experiments.command_of("--loss fpa", SEEDS, args.out, args.jobs)
         try:
             changed.train_all(command, {f"fpa-{identity(settings)}": settings for settings in lacking}, train_one)
         finally:  # after an error too
@@ -86,7 +86,7 @@ def run_scale(name, args):
 
 def listing(folder):
     """How many of its runs a folder of tables holds."""
-    runs, _ = held(folder)
+    runs = held(folder)
     cases = members(runs)
     return "\n".join(f"{case:16}{sum(run in runs for run in some):>3} of {len(some)}" for case, some in cases.items())
 

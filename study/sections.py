@@ -10,14 +10,16 @@ from study.experiments import CASES, RATES, best_rates
 from study.results import (
     METRIC,
     by_method,
+    by_seed,
     each,
-    extrapolated,
     fall,
+    forecast_by_step,
     fpa_runs,
     label,
     last,
     mean_and_interval,
     metric,
+    of_experiment,
     paired,
     ratio_of_coefficients,
     share_down,
@@ -81,8 +83,8 @@ def families_table(runs, experiment):
 
 def untuned_table(runs_held):
     """Every method of the experiment `main`, at default settings."""
-    methods = by_method([run for run in runs_held.values() if "main" in run.experiments])
-    return cases_table({label(m): {run.config["seed"]: run for run in some} for m, some in methods.items()}, "loss")
+    methods = by_method(of_experiment(runs_held.values(), "main"))
+    return cases_table({label(m): by_seed(some) for m, some in methods.items()}, "loss")
 
 
 def experiment_tables(runs):
@@ -127,7 +129,7 @@ def chosen_table(searches, runs_held):
     """What the chosen settings reach on the tuning seeds, and which weights they train with."""
     rows = []
     for name, some in chosen_runs(searches, runs_held).items():
-        runs = {run.config["seed"]: run for run in some}
+        runs = by_seed(some)
         rows.append([f"`{name}`", *numbers_of(runs, shown=ON_VALIDATION), cell(each(runs, ratio_of_coefficients))])
     return table(["family", *ON_VALIDATION, "mean C_l·\\|y\\| / C_w·\\|y\\|"], rows)
 
@@ -159,8 +161,8 @@ def unclaimed(runs, runs_held):
     off_rl, fast, slow = (runs.get(("extrapolation", case), {}) for case in ("off_rl, 0.0002", "0.0002", "2e-05"))
     two, five, ten = (runs.get(("lambda", f"λ = {lam}"), {}) for lam in (2, 5, 10))
     largest = runs.get(("rates", f"{RATES[-1]:g}"), {})
-    main = [run for run in runs_held.values() if "main" in run.experiments]
-    incorrect, both = ({run.config["seed"]: run for run in fpa_runs(main, target=target)} for target in ("incorrect", "both"))
+    main = of_experiment(runs_held.values(), "main")
+    incorrect, both = (by_seed(fpa_runs(main, target=target)) for target in ("incorrect", "both"))
 
     def lowered(steps, rows):
         return each(off_rl, lambda run: share_down(run, steps, rows))
@@ -196,15 +198,13 @@ def unclaimed_list(runs, runs_held):
 
 def forecasts_table(runs):
     """KL of π̂ from the policy of step (1 + λ) t over that of the policy of step t, by t: geometric mean over seeds."""
-    columns, at = {}, set()
-    for lr in ("2e-05", "0.0002"):
-        found = [extrapolated(run) for run in runs.get(("extrapolation", lr), {}).values()]
-        for lam in (1, 2):
-            kept = [t for t, later, some in found[0] if some == lam and later == (1 + lam) * t] if found else []
-            logs = {t: np.mean([np.log(np.divide(*table[t, (1 + lam) * t, lam])) for table in found]) for t in kept}
-            columns[f"lr {lr}, λ = {lam}"] = {t: digits(math.exp(value)) for t, value in logs.items()}
-            at |= logs.keys()
-    return table(["t", *columns], [[t, *(some.get(t, "") for some in columns.values())] for t in sorted(at)])
+    columns = {
+        f"lr {lr}, λ = {lam}": forecast_by_step(runs.get(("extrapolation", lr), {}).values(), lam)
+        for lr in ("2e-05", "0.0002")
+        for lam in (1, 2)
+    }
+    at = sorted(set().union(*columns.values()))
+    return table(["t", *columns], [[t, *(digits(some[t]) if t in some else "" for some in columns.values())] for t in at])
 
 
 # --- machines
@@ -227,7 +227,7 @@ def machines_table(runs, runs_held):
         ]
         rows += [[name, "; ".join(by_kind)]] if total else []
     for name in [f"tune-{family}" for family in FAMILIES]:
-        total = kinds_of(run for run in runs_held.values() if name in run.experiments)
+        total = kinds_of(of_experiment(runs_held.values(), name))
         rows += [[name, "; ".join(f"{count} {kind}" for kind, count in sorted(total.items()))]] if total else []
     return table(["experiment", "runs by CPU"], rows)
 

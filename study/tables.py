@@ -22,9 +22,8 @@ def identity(config):
 
 
 def held(folder):
-    """({id: Run} of a folder of tables, the ids of those with diagnostics)."""
-    runs = {run.folder.name: run for run in read_tables(folder)} if (folder / "runs.csv").exists() else {}
-    return runs, {run for run in runs if "entanglement" in runs[run].tables}
+    """{id: Run} of a folder of tables."""
+    return {run.folder.name: run for run in read_tables(folder)} if (folder / "runs.csv").exists() else {}
 
 
 # --- gathering

@@ -164,16 +164,15 @@ def scores(name, runs):
 def tune(name, args):
     """Run a family's search to its end; its runs are gathered into `args.to` after each of its stages."""
     copy_stages(BASES, args.out)
-    while (found := search(name, scores(name, held(args.to)[0]))).missing:
+    while (found := search(name, scores(name, held(args.to)))).missing:
         runs = {key: value for missing in found.missing for key, value in runs_of(name, *missing).items()}
         print(f"{name}: round {len(found.asked)}, {len(runs)} runs")
-        seeds = sorted({seed for _, seed in found.missing})
         try:
-            train.main(command_of(f"{words(name, found.missing[0][0])} {BUDGET}", seeds, args.out, args.jobs), runs)
+            train.main(command_of(f"{words(name, found.missing[0][0])} {BUDGET}", SEEDS, args.out, args.jobs), runs)
         finally:  # after an error too
             asked = [config for some in found.asked for drawn in some for config in runs_of(name, drawn, *SEEDS).values()]
             gather(args.out, args.to, {f"tune-{name}": [identity(config) for config in asked]})
-    print(line(name, held(args.to)[0]))
+    print(line(name, held(args.to)))
 
 
 # --- the command
@@ -191,7 +190,7 @@ def line(name, runs):
 
 def listing(folder):
     """The families, a line each."""
-    runs, _ = held(folder)
+    runs = held(folder)
     return "\n".join(
         [f"{'family':14}{'runs':>5}   score and choice, or the present round", *(line(name, runs) for name in FAMILIES)]
     )

@@ -95,7 +95,7 @@ def costs(ours, theirs, column):
 
 def best_of_rates(runs):
     """Off-RL's rate with the best mean on those of the claims' seeds that every rate has; None where there are none."""
-    cases = {f"{lr:g}": runs("rates", f"{lr:g}") for lr in RATES}
+    cases = {lr: runs("rates", f"{lr:g}") for lr in RATES}
     seeds = shared_seeds(cases.values())
     return max(cases, key=lambda lr: sum(metric(cases[lr][seed]) for seed in seeds)) if seeds else None
 
@@ -173,7 +173,7 @@ def about_others(runs):
     yield "C11", "the FPA form helps DPO and RPO", [
         runs.accuracy(f"{LOSSES[loss].label} with FPA − {LOSSES[loss].label}", f"{loss}_fpa", loss) for loss in ("dpo", "rpo")
     ], "final"  # fmt: skip
-    best = runs("rates", lr) if (lr := best_of_rates(runs)) else {}
+    best = runs("rates", f"{lr:g}") if (lr := best_of_rates(runs)) else {}
     yield "C12", "FPA is not just slower training", [
         Measured("FPA − Off-RL at the rate that is best on these seeds", paired(runs("final", "fpa"), best), ">"),
     ], "final rates"  # fmt: skip
@@ -246,13 +246,6 @@ def claims(runs, chosen):
 # --- results.md
 
 
-def rules_table(found=None):
-    """What is claimed and measured, without any run: a table of docs/protocol.md."""
-    found = claims({}, {}) if found is None else found
-    rows = [(name, claim.text, "<br>".join(map(str, claim.measured)), claim.experiments) for name, claim in found.items()]
-    return table(["id", "claim", "measured", "runs"], rows)
-
-
 def claims_table(found, count=COUNT):
     """The claims with their numbers, adjusted p and verdicts; `count` claims are made."""
     adjusted, words = holm(found, count), verdicts(found, count)
@@ -296,12 +289,12 @@ geometric mean over the claims' seeds. Below 1, π̂ is a forecast."""
 
 def results(folder):
     """results.md of a folder of tables."""
-    runs_held, _ = held(folder)
+    runs_held = held(folder)
     runs = study(runs_held)
     searches = {name: tune.search(name, tune.scores(name, runs_held)) for name in FAMILIES}
     found = claims(runs, {name: some.score for name, some in searches.items() if some.chosen})
     text, mixed = rule.__doc__.partition("\n\n")[2].strip(), of_several_kinds(found, runs)
-    best = [("Off-RL, best on the claims' seeds (C12)", float(lr), RATES) for lr in [best_of_rates(Runs(runs))] if lr]
+    best = [("Off-RL, best on the claims' seeds (C12)", lr, RATES) for lr in [best_of_rates(Runs(runs))] if lr]
     best += [("SGD", lr, scale.RATES) for lr in [scale.best_rate(runs_held)] if lr]
     return (
         "# Results of the study on `habit`\n\nWritten by `python -m study.verdicts`.\n\n"

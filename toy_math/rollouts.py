@@ -1,4 +1,4 @@
-"""From problems to tensors: the corpus, rollouts of a policy as JSON lines, their overlap (C1), and evaluation.
+"""From problems to tensors: the corpus, rollouts of a policy as JSON lines, their overlap, and evaluation.
 
 A rollout's line is `{"prompt", "completion", "label"}`, the unpaired preference format that TRL's trainers and
 `datasets.load_dataset("json", ...)` take, plus `problem_id`, `first_wrong_step`, `malformed`, and `finished`, which
@@ -6,6 +6,7 @@ says whether EOS was sampled.
 """
 
 import math
+import os
 from types import SimpleNamespace
 
 import torch
@@ -133,7 +134,7 @@ def pack(rows):
 
 
 def overlap(rows):
-    """How much incorrect completions share with correct ones of the same prompt (claim C1).
+    """How much incorrect completions share with correct ones of the same prompt.
 
     Means over the incorrect rows whose prompt has a correct one: `shared_tokens`, the share of their tokens that some
     correct completion has at the same position; `common_prefix`, the longest prefix shared with one, as a share of the
@@ -148,9 +149,8 @@ def overlap(rows):
         wrong, rights = row["completion"], correct.get(row["prompt"])
         if row["label"] or not rights or not wrong:
             continue
-        same = [[a == b for a, b in zip(wrong, right)] for right in rights]
-        shared.append(sum(any(s[i : i + 1] == [True] for s in same) for i in range(len(wrong))) / len(wrong))
-        prefix.append(max((s + [False]).index(False) for s in same) / len(wrong))
+        shared.append(sum(any(right[i : i + 1] == c for right in rights) for i, c in enumerate(wrong)) / len(wrong))
+        prefix.append(max(len(os.path.commonprefix([wrong, right])) for right in rights) / len(wrong))
     n = len(shared)
     return {"shared_tokens": sum(shared) / max(n, 1), "common_prefix": sum(prefix) / max(n, 1), "incorrect": n}
 

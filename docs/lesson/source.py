@@ -48,7 +48,7 @@ from losses import token_logps
 from study import faults, figures, lesson
 from study.exercises import check
 from study.lesson import compare, guessed, solved
-from study.results import by_method, fpa_runs, label, where
+from study.results import by_method, forecast_by_step, fpa_runs, label, where
 
 # %matplotlib inline
 world = lesson.world()  # the base model and its rollouts, which ship with the repository
@@ -371,7 +371,7 @@ at_80_guess, at_10_guess = "nearer", "nearer"
 
 # %%
 if guessed(at_80_guess, at_10_guess):
-    ratios = lesson.forecast(fpa_runs(runs))
+    ratios = forecast_by_step(fpa_runs(runs))
     for t, ratio in ratios.items():
         print(f"step {t:4} to {3 * t:4}: KL of π̂ over KL of π_θ {ratio:6.2f}   (below 1: π̂ is nearer)")
     for t, guess in ((80, at_80_guess), (10, at_10_guess)):

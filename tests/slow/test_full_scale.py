@@ -14,13 +14,11 @@ import transformers
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-import full_scale.evaluate
 import full_scale.load_hf
 import full_scale.rollouts
 from full_scale.load_hf import ChatTokenizer, load_pretrained, save_pretrained
 from full_scale.rollouts import read_problems
 from full_scale.rows import read_rollouts
-from full_scale.verdict import is_correct
 from plumbing.files import UserError
 
 ROLLOUTS = ROOT / "tests" / "rollouts.jsonl"
@@ -145,9 +143,12 @@ def test_weights_are_cast_on_the_way(tmp_path):
     assert torch.equal(narrow.layers[1].mlp.up_proj.weight, expected)
 
 
-def change_config(folder, **changes):
-    path = folder / "config.json"
+def change_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_config(folder, **changes):
+    change_json(folder / "config.json", **changes)
 
 
 def change_tensor(folder, change):
@@ -199,20 +200,6 @@ DAMAGES = {
     "no end": (lambda f: (change_config(f, eos_token_id=None), (f / "tokenizer_config.json").unlink(),
                           (f / "generation_config.json").unlink()), "no eos_token_id"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_one_line(damage, message, checkpoint, tmp_path, capsys):
-    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    damage(folder)
-    with pytest.raises(SystemExit) as caught:
-        full_scale.load_hf.run([str(folder)])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    with pytest.raises(UserError):
-        load_pretrained(folder)[1].ask("1+1?")
 
 
 def sparse(folder, size):
@@ -295,9 +282,18 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_checkpoint_is_one_line(damage, message, checkpoint, tmp_path, capsys):
-    test_a_damaged_checkpoint_is_one_line(damage, message, checkpoint, tmp_path, capsys)
+@pytest.mark.parametrize(("damage", "message"), {**DAMAGES, **HOSTILE}.values(), ids=[*DAMAGES, *HOSTILE])
+def test_a_damaged_or_hostile_checkpoint_is_one_line(damage, message, checkpoint, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    damage(folder)
+    with pytest.raises(SystemExit) as caught:
+        full_scale.load_hf.run([str(folder)])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    with pytest.raises(UserError):
+        load_pretrained(folder)[1].ask("1+1?")
 
 
 def test_the_hubs_own_links_are_followed_and_no_others(checkpoint, tmp_path):
@@ -392,13 +388,21 @@ def write(path, *lines):
     return path
 
 
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **others):
+    return {"role": "assistant", "content": text, **others}
+
+
 def test_rollouts_of_every_form_are_read(checkpoint, tmp_path):
     tokenizer = ChatTokenizer(checkpoint)
-    question = [{"role": "user", "content": "1+1?"}]
+    question = [user("1+1?")]
     path = write(
         tmp_path / "rollouts.jsonl",
         {"prompt": "2+2?", "completion": "4", "label": True, "finished": False},
-        {"prompt": question, "chosen": [{"role": "assistant", "content": "2"}], "rejected": "3"},
+        {"prompt": question, "chosen": [assistant("2")], "rejected": "3"},
         "",
         {"prompt": "2+2?", "completion": "5", "label": False},
         {"prompt": "2+2?", "completion": "", "label": False, "finished": True},  # as rollouts.py writes an end at once
@@ -486,29 +490,3 @@ def test_a_bad_problem_is_named(line, message, tmp_path, capsys):
     assert str(error.value).startswith(f"{path}: 1 of 2 lines are bad: line 2: {message}")
     assert read_problems(path, skip_bad=True) == [("1+1?", "2")]
     assert str(error.value) in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("answer", "completion", "correct"),
-    [
-        ("73", "7*2=14; 59+14=73; \\boxed{73}", True),
-        ("73", "59+14=73, so \\boxed{74}", False),
-        ("\\frac{1}{2}", "It is $\\boxed{0.5}$.", True),
-        ("(1,2)", "\\boxed{(2,1)}", False),
-        ("4", "first \\boxed{3}, no: \\boxed{4}", True),
-        ("3", "first \\boxed{3}, no: \\boxed{4}", False),
-        ("\\frac{1}{2}", "\\boxed{\\frac{1}{2}} and an unfinished \\boxed{\\frac{1", True),
-        ("5", "no answer", False),
-        ("5", "", False),
-    ],
-)
-def test_answers_are_verified(answer, completion, correct):
-    assert is_correct(answer, completion) is correct
-
-
-def test_pass_at_1_averages_problems():
-    labels = [[1, 1], [0, 1], [0, 0]]
-    answers = [{"problem_id": i, "label": bool(label)} for i, some in enumerate(labels) for label in some]
-    rows = [{**answer, "completion": "", "finished": True} for answer in answers]
-    expected = f"pass@1 0.5000 ± {0.5 / math.sqrt(3):.4f} (standard error over 3 problems, 2 samples each)"
-    assert full_scale.evaluate.report(rows, [None] * 6).splitlines()[0] == expected

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_docs import table
-from test_full_scale import make_checkpoint, write
+from test_full_scale import assistant, make_checkpoint, user, write
 
 import full_scale.formats
 import full_scale.rows
@@ -70,14 +70,6 @@ def test_a_file_of_every_format_is_read(content, tmp_path):
     path = make(tmp_path / "it's problems", content)
     assert read_problems(path) == WANTED
     assert read_problems(path, skip_bad=True, say=pytest.fail) == WANTED
-
-
-def test_a_byte_order_mark_costs_no_line(tmp_path):
-    """The case `bom`."""
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"problem":"a","answer":1}\n{"problem":"b","answer":2}\n', encoding="utf-8-sig")
-    assert read_problems(path) == [("a", "1"), ("b", "2")]
-    assert read_problems(path, skip_bad=True, say=pytest.fail) == [("a", "1"), ("b", "2")]
 
 
 BAD_FILES = {
@@ -168,14 +160,6 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     make_checkpoint(folder)
     return ChatTokenizer(folder)
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text, **others):
-    return {"role": "assistant", "content": text, **others}
 
 
 def in_shapes(turns, good, bad):

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -160,14 +159,14 @@ def test_lines_of_others_are_checked(tmp_path):
     assert read_problems(write(tmp_path / "bad.jsonl", line, {**line, "answer": "7777"}))[1][1]["answer"] == line["answer"]
 
 
-def test_without_the_library_it_says_what_to_install(checkpoint, tmp_path):
-    code = "import sys; sys.modules['reasoning_gym'] = None; from full_scale import {0}; {0}.run(sys.argv[1:])"
+def test_without_the_library_it_says_what_to_install(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    gym.dataset.cache_clear()
     line = {"problem": "1 + 1 =", "answer": "2", "gym": {"task": "chain_sum", "config": {}, "index": 0}}
     path = write(tmp_path / "problems.jsonl", line)
     flags = ["--model", checkpoint, "--problems", path, "--out", tmp_path / "out.jsonl"]
     for module, words in (("gym", ["chain_sum", "--to", tmp_path / "new.jsonl"]), ("rollouts", flags)):
-        command = [sys.executable, "-c", code.format(module), *map(str, words)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = run_module(module, *words)
         assert done.returncode == 2 and "pip install reasoning-gym" in done.stderr and done.stderr.count("\n") == 1, done.stderr
         assert list(tmp_path.iterdir()) == [path]
 

@@ -1,8 +1,8 @@
 """Nothing of full_scale/ is lost: kills from outside at random moments, damaged checkpoints, and what their checksum costs."""
 
 import contextlib
-import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from test_full_scale import ROLLOUTS, write
-from test_full_scale_training import QUICK, interrupt, kill_at, log_of, run_module, saved_step
+from test_full_scale import ROLLOUTS, change_json, write
+from test_full_scale_training import QUICK, interrupted, log_of, run_module  # noqa: F401 (a fixture)
 from test_interruption import KILLS, Forked
 
 from full_scale.processes import start_processes
@@ -124,35 +124,23 @@ def swap(path):
     path.write_bytes(content[:4096] + content[8192:12288] + content[4096:8192] + content[12288:])
 
 
-def change(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 DAMAGES = {
     "one bit of the weights": lambda folder, file: flip(file, -9),
     "one bit of a header": lambda folder, file: flip(file, 30),
     "two blocks in each other's place": lambda folder, file: swap(file),
     "a longer file": lambda folder, file: file.write_bytes(file.read_bytes() + b"\0"),
-    "another step": lambda folder, file: change(folder / "state.json", step=2),
-    "no files": lambda folder, file: change(folder / "state.json", files={}),
+    "another step": lambda folder, file: change_json(folder / "state.json", step=2),
+    "no files": lambda folder, file: change_json(folder / "state.json", files={}),
+    "torn state": lambda folder, file: (folder / "state.json").write_text("{"),
+    "empty state": lambda folder, file: (folder / "state.json").write_text('{"files": {}}'),
+    "zeros": lambda folder, file: file.write_bytes(bytes(file.stat().st_size)),
 }
 
 
-@pytest.fixture(scope="module")
-def interrupted(checkpoint, tmp_path_factory):
-    out = tmp_path_factory.mktemp("interrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, lambda: saved_step(out) == 4)
-        interrupt(checkpoint, out)
-    (folder,) = out.glob("*/checkpoint")
-    return out, folder, {path: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_checkpoint_of_other_bytes_is_refused(damage, checkpoint, interrupted):
-    out, folder, whole = interrupted
-    for path, content in whole.items():
-        path.write_bytes(content)
+def test_a_checkpoint_of_other_bytes_is_refused(damage, checkpoint, interrupted, tmp_path):  # noqa: F811
+    out = shutil.copytree(interrupted, tmp_path / "out")
+    (folder,) = out.glob("*/checkpoint")
     damage(folder, max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size))
     done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", out, *QUICK)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

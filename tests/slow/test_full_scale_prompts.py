@@ -15,7 +15,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_docs import table
-from test_full_scale import ROLLOUTS, TEMPLATE, make_checkpoint, write
+from test_full_scale import ROLLOUTS, TEMPLATE, assistant, change_json, make_checkpoint, user, write
 from test_full_scale_training import QUICK, run_module
 
 import full_scale.rollouts
@@ -32,11 +32,6 @@ EXTRA = ["<|endoftext|>", "<|eot_id|>", "</s>", "<s>"]  # special tokens beside 
 CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 EACH = "{% for m in messages %}"
 ASSISTANT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-
-
-def change_json(path, **changes):
-    values = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**values, **changes}))
 
 
 def checkpoint_of(folder, template=None, eos=None, **options):
@@ -86,14 +81,6 @@ def with_template(tmp_path):
     """A function from a template, or none, to the ChatTokenizer of a checkpoint that has it."""
     number = iter(range(100))
     return lambda template=None, **words: ChatTokenizer(checkpoint_of(tmp_path / str(next(number)), template, **words))
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text, **others):
-    return {"role": "assistant", "content": text, **others}
 
 
 def trained(folder, lines, **words):
@@ -210,9 +197,7 @@ def test_the_instruction_is_the_systems_where_there_is_a_role(with_template):
 
 def several(folder, **templates):
     named = [{"name": name, "template": template} for name, template in templates.items()]
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({**json.loads((folder / "tokenizer_config.json").read_text()), "chat_template": named})
-    )
+    change_json(folder / "tokenizer_config.json", chat_template=named)
     return ChatTokenizer(folder)
 
 
@@ -747,7 +732,7 @@ def test_training_keeps_the_first_runs_date(tmp_path):
     rows = [{"prompt": [user(f"{i}?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]} for i in range(4)]
     data, said = write(tmp_path / "rows", *rows), []
     for _ in range(2):
-        done = run_module("train", "--init", tmp_path, "--data", data, "--out", tmp_path / "runs", *QUICK)
+        done = run_module("train", "--init", tmp_path, "--data", data, "--out", tmp_path / "runs", *QUICK, "--steps", 1)
         assert done.returncode == 0, done.stderr
         said.append("already finished" in done.stdout)
     assert said == [False, True]

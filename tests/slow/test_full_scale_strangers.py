@@ -8,8 +8,9 @@ import sys
 import pytest
 import tokenizers
 from conftest import ROOT
-from test_full_scale import change_config
+from test_full_scale import change_config, change_json
 
+from full_scale.gguf_file import NAME
 from full_scale.load_hf import ChatTokenizer, load_pretrained
 from plumbing.files import UserError
 
@@ -17,8 +18,7 @@ CODE = "import pathlib; pathlib.Path({!r}).touch()\nclass Y: pass\n"
 
 
 def settings(folder, **changes):
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    change_json(folder / "tokenizer_config.json", **changes)
 
 
 REMOTE = {
@@ -109,6 +109,15 @@ def test_what_only_transformers_opens_is_no_link_out_either(name, checkpoint, tm
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).symlink_to(tmp_path / "out")
     with pytest.raises(UserError, match=f"{name}: a link out of the folder, to {tmp_path / 'out'}"):
+        load_pretrained(folder)
+
+
+def test_a_strangers_link_to_a_gguf_file_is_not_followed(checkpoint, tmp_path):
+    """As the folder of an unpacked .gguf file has one."""
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (folder / "model.safetensors").unlink()
+    (folder / NAME).symlink_to(tmp_path / "out.gguf")
+    with pytest.raises(UserError, match=f"{folder}: no model.safetensors"):
         load_pretrained(folder)
 
 

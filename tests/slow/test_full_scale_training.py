@@ -13,7 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,10 +31,12 @@ from test_full_scale import ROLLOUTS, change_config, change_tensor, make_checkpo
 
 import full_scale.evaluate
 import full_scale.load_hf
+import full_scale.log
 import full_scale.reference
 import full_scale.rollouts
 import full_scale.store
 import full_scale.train
+import plots
 from full_scale.data import micro_batches, other_prompts, read_data
 from full_scale.load_hf import load_pretrained, save_pretrained
 from full_scale.policy import build
@@ -45,6 +49,8 @@ from losses import LOSSES, token_logps
 from model import SwiGLU
 from plumbing import files
 from plumbing.batches import batch_order
+from plumbing.log import PERCENTILES
+from study import claims
 
 
 @pytest.fixture(scope="module")
@@ -170,15 +176,15 @@ def test_what_cannot_be_sampled_leaves_nothing(taught, tmp_path):
 QUICK = ["--steps", 6, "--batch-size", 8, "--micro-batch", 2, "--eval-every", 1, "--save-every", 2, "--lr", 1e-3, "--warmup", 2]
 
 
-def train(checkpoint, out, *flags, data=ROLLOUTS, processes=1):
+def train(checkpoint, out, *flags, data=ROLLOUTS):
     """Train on the shipped rollouts -> the log's columns but for the times."""
-    done = run_module("train", "--init", checkpoint, "--data", data, "--out", out, *QUICK, *flags, processes=processes)
+    done = run_module("train", "--init", checkpoint, "--data", data, "--out", out, *QUICK, *flags)
     assert done.returncode == 0, done.stderr
     return log_of(out)
 
 
-def log_of(out):
-    (path,) = out.glob("*/log.csv")
+def log_of(out, loss="*"):
+    (path,) = out.glob(f"*-{loss}-*/log.csv")
     header, *lines = path.read_text().splitlines()
     rows = [dict(zip(header.split(","), map(float, line.split(",")))) for line in lines]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
@@ -197,8 +203,15 @@ def alone(checkpoint, tmp_path_factory):
 
 
 def test_two_processes_train_as_one_does(checkpoint, alone, tmp_path):
-    assert_logs_agree(train(checkpoint, tmp_path, processes=2), alone[1], rtol=1e-4)
-    weights = [load_file(next(out.glob("*/model/model.safetensors"))) for out in (alone[0], tmp_path)]
+    """They share the future policy, KTO's z0 and DPO's pairs."""
+    out = {"fpa": alone[0], "kto": tmp_path / "1", "dpo": tmp_path / "1"}
+    for processes, losses in ((1, ["kto", "dpo"]), (2, [*out])):
+        words = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path / str(processes), *QUICK, "--lam", 2]
+        done = run_module("train", *words, "--loss", *losses, processes=processes)
+        assert done.returncode == 0, done.stderr
+    for loss in out:
+        assert_logs_agree(log_of(tmp_path / "2", loss), log_of(out[loss], loss), rtol=1e-4)
+    weights = [load_file(next(out.glob("*-fpa-*/model/model.safetensors"))) for out in (alone[0], tmp_path / "2")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-4)
 
@@ -239,19 +252,24 @@ def test_recomputing_activations_changes_nothing_but_forwards(checkpoint, alone,
 
 
 def test_seconds_are_those_of_the_steps_alone(checkpoint, tmp_path, monkeypatch):
-    step, evaluate = full_scale.train.training_step, full_scale.train.Log.evaluate
-    monkeypatch.setattr(full_scale.train, "training_step", lambda *some: time.sleep(0.2) or step(*some))
-    monkeypatch.setattr(full_scale.train.Log, "evaluate", lambda *some: time.sleep(1.5) or evaluate(*some))
+    passed, step, evaluate = [], full_scale.train.training_step, full_scale.train.Log.evaluate
+    monkeypatch.setattr(full_scale.log, "time", SimpleNamespace(time=lambda: sum(passed)))
+    monkeypatch.setattr(full_scale.train, "training_step", lambda *some: passed.append(1) or step(*some))
+    monkeypatch.setattr(full_scale.train.Log, "evaluate", lambda *some: passed.append(100) or evaluate(*some))
     train(checkpoint, tmp_path, "--eval-every", 3)
-    seconds = np.genfromtxt(next(tmp_path.glob("*/log.csv")), delimiter=",", names=True)["seconds"]
-    assert seconds[0] == 0 and 0.6 <= seconds[1] < seconds[2] - 0.6 < 4.5 - 0.6
+    log = np.genfromtxt(next(tmp_path.glob("*/log.csv")), delimiter=",", names=True)
+    assert log["seconds"].tolist() == [0, 3, 6]
+
+
+def data_of(checkpoint, path=ROLLOUTS):
+    """The rollouts as they are trained on."""
+    args = full_scale.train.parse_args(["--init", str(checkpoint), "--data", str(path)])
+    return read_data(args, ChatTokenizer(checkpoint))
 
 
 def test_the_last_row_of_the_log_is_that_of_the_two_checkpoints(checkpoint, alone):
     """Log-ratio, π̄ and future π̄ from transformers' logits, by the formulas."""
-    tokenizer = ChatTokenizer(checkpoint)
-    words = ["--init", str(checkpoint), "--data", str(ROLLOUTS)]
-    data = read_data(full_scale.train.parse_args(words), tokenizer)
+    data = data_of(checkpoint)
     load = transformers.AutoModelForCausalLM.from_pretrained
     models = [load(folder, dtype=torch.float32) for folder in (next(alone[0].glob("*/model")), checkpoint)]
     measured, ref_pi = [], []
@@ -267,18 +285,22 @@ def test_the_last_row_of_the_log_is_that_of_the_two_checkpoints(checkpoint, alon
         assert 0 < members.sum() <= full_scale.train.MONITORED  # so that all of them are monitored
         expected = measured[members].mean(0).tolist()
         assert [last[f"{name}_{kind}"] for name in ("logratio", "pi", "pihat")] == pytest.approx(expected, rel=1e-3)
+        ratios = measured[members][:, 0].numpy()
+        for p in PERCENTILES:
+            assert last[f"logratio_{kind}_p{p}"] == pytest.approx(np.percentile(ratios, p), rel=1e-3, abs=1e-5)
+        assert last[f"logratio_{kind}_below_0"] == np.mean(ratios < 0)
         ahead.append(abs(expected[2] / expected[1] - 1))
     assert max(ahead) > 0.01  # so that another λ would show
     rows, first, ref_pi = batch_order(data.reward, 6, 8, 0)[0], alone[1][1], torch.stack(ref_pi)
     for kind, sign in (("correct", 1), ("incorrect", -1)):  # at the first step, which this row is of, π̂ is π
         assert first[f"coefficient_{kind}"] == pytest.approx(ref_pi[rows[data.reward[rows] == sign]].mean().item(), rel=1e-3)
     assert first["tokens_trained"] == data.length[rows].sum() and first["below_0.2_pi"] == 4
+    assert first["tokens_sampled"] == last["tokens_sampled"] == data.length.sum()
 
 
 def test_values_and_means_are_those_of_a_row_s_problem(checkpoint, tmp_path):
     lines = ROLLOUTS.read_text().splitlines()[1:]  # without the first, its problem has more incorrect rows
-    words = ["--init", str(checkpoint), "--data", str(write(tmp_path / "rows.jsonl", *lines))]
-    data = read_data(full_scale.train.parse_args(words), ChatTokenizer(checkpoint))
+    data = data_of(checkpoint, write(tmp_path / "rows.jsonl", *lines))
     for i, problem in enumerate(data.problem_ids):
         reward = data.reward[data.problem_ids == problem]
         assert data.mean_reward[i] == reward.mean()
@@ -336,22 +358,17 @@ def test_micro_batches_add_up(checkpoint, alone, tmp_path):
 
 def test_the_log_starts_at_the_reference(alone):
     log = alone[1]
-    assert abs(log[0]["logratio_correct"]) < 1e-4
+    parts = ["", *(f"_p{p}" for p in PERCENTILES)]
+    assert all(abs(log[0][f"logratio_{kind}{part}"]) < 1e-4 for kind in ("correct", "incorrect") for part in parts)
     assert log[0]["pi_incorrect"] == pytest.approx(log[0]["pihat_incorrect"], rel=1e-5)
     assert log[-1]["logratio_correct"] - log[-1]["logratio_incorrect"] > 0.1
     assert log[-1]["coefficient_incorrect"] < log[-1]["pi_incorrect"] * 1.5
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("fpa", "reinforce", "grpo")])  # fpa: tested above
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in ("fpa", "grpo")])  # fpa: above; grpo: refused
 def test_every_loss_trains(loss, checkpoint, tmp_path):
-    log = train(checkpoint, tmp_path, "--loss", loss, "--steps", 6)
+    log = train(checkpoint, tmp_path, "--loss", loss, "--eval-every", 6, "--save-every", 6, "--no-save-model")
     assert log[-1]["logratio_correct"] > log[-1]["logratio_incorrect"]
-
-
-@pytest.mark.parametrize("flags", [("--loss", "kto", "--lam", 2), ("--loss", "dpo")], ids=["rows", "pairs"])
-def test_two_processes_share_z0_and_pairs(flags, checkpoint, tmp_path):
-    logs = [train(checkpoint, tmp_path / str(n), *flags, processes=n) for n in (1, 2)]
-    assert_logs_agree(logs[1], logs[0], rtol=1e-4)
 
 
 def test_bfloat16_products_change_little(checkpoint, alone, tmp_path):
@@ -396,13 +413,23 @@ def interrupt(checkpoint, out, *flags):
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def interrupted(checkpoint, tmp_path_factory):
+    """The output folder of a run that was killed after step 4, whose checkpoint is saved."""
+    out = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, lambda: saved_step(out) == 4)
+        interrupt(checkpoint, out)
+    return out
+
+
 def saved_step(out):
     return max((json.loads(path.read_text())["step"] for path in out.glob("*/checkpoint/state.json")), default=0)
 
 
-@pytest.mark.parametrize("flags", [(), ("--eval-every", 4, "--save-every", 3)], ids=["each step", "off the grid"])
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(flags, checkpoint, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(full_scale.store, "SHARD_BYTES", 20_000)  # so that a checkpoint is of several files
+    flags = ["--eval-every", 4, "--save-every", 3]
     expected = train(checkpoint, tmp_path / "whole", *flags)
     killed = tmp_path / "killed"
     with monkeypatch.context() as patch:
@@ -425,7 +452,7 @@ def same(ours, expected):
 
 
 def test_a_kill_between_new_sums_and_their_checksum_blocks_nothing(checkpoint, tmp_path, monkeypatch):
-    train(checkpoint, tmp_path, "--loss", "off_rl")  # which keeps sums alone
+    train(checkpoint, tmp_path, "--loss", "off_rl", "--steps", 1)  # which keeps sums alone
     original = full_scale.reference.write_beside
 
     def killed(path, facts):
@@ -435,16 +462,15 @@ def test_a_kill_between_new_sums_and_their_checksum_blocks_nothing(checkpoint, t
 
     with monkeypatch.context() as patch:
         patch.setattr(full_scale.reference, "write_beside", killed)
-        interrupt(checkpoint, tmp_path)
-    assert run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK).returncode == 0
+        interrupt(checkpoint, tmp_path, "--steps", 1)
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--steps", 1]
+    assert run_module("train", *flags).returncode == 0
 
 
 @pytest.mark.parametrize("moment", ["part is whole", "old is moved", "old is half gone", "part is half written"])
-def test_a_checkpoint_that_was_being_replaced_is_taken_up(moment, checkpoint, alone, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, lambda: saved_step(tmp_path) == 4)
-        interrupt(checkpoint, tmp_path)
-    (whole,) = tmp_path.glob("*/checkpoint")
+def test_a_checkpoint_that_was_being_replaced_is_taken_up(moment, checkpoint, alone, interrupted, tmp_path):
+    out = shutil.copytree(interrupted, tmp_path / "out")
+    (whole,) = out.glob("*/checkpoint")
     part, old = (whole.with_name(f"checkpoint.{name}") for name in ("part", "old"))
     if moment == "part is whole":
         whole.rename(part)
@@ -456,29 +482,23 @@ def test_a_checkpoint_that_was_being_replaced_is_taken_up(moment, checkpoint, al
     else:
         shutil.copytree(whole, part)
         (part / "state.json").unlink()
-    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
+    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", out, *QUICK)
     assert done.returncode == 0, done.stderr
     assert "from step 4" in done.stdout
-    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
+    assert_logs_agree(log_of(out), alone[1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("damage", ["a file is gone", "torn state", "empty state"])
-def test_a_checkpoint_that_is_not_whole_is_refused(damage, checkpoint, alone, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, lambda: saved_step(tmp_path) == 4)
-        interrupt(checkpoint, tmp_path)
-    (folder,) = tmp_path.glob("*/checkpoint")
-    if damage == "a file is gone":
-        next(folder.glob("*.safetensors")).unlink()
-    else:
-        (folder / "state.json").write_text("{" if damage == "torn state" else '{"files": {}}')
-    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK]
+def test_a_checkpoint_that_is_not_whole_is_refused(checkpoint, alone, interrupted, tmp_path):
+    out = shutil.copytree(interrupted, tmp_path / "out")
+    (folder,) = out.glob("*/checkpoint")
+    next(folder.glob("*.safetensors")).unlink()
+    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", out, *QUICK]
     done = run_module("train", *flags)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"error: {folder}: damaged; --no-resume begins anew" in done.stderr
     done = run_module("train", *flags, "--no-resume")
     assert done.returncode == 0 and "resuming" not in done.stdout
-    assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-6)
+    assert_logs_agree(log_of(out), alone[1], rtol=1e-6)
 
 
 def test_a_run_goes_on_in_another_number_of_processes(checkpoint, alone, tmp_path, monkeypatch):
@@ -491,9 +511,11 @@ def test_a_run_goes_on_in_another_number_of_processes(checkpoint, alone, tmp_pat
     assert_logs_agree(log_of(tmp_path), alone[1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_finishes_the_step_and_saves(number, checkpoint, tmp_path, monkeypatch):
-    expected = train(checkpoint, tmp_path / "whole", "--save-every", 100)
+@pytest.mark.parametrize(
+    ("number", "flags", "again"),
+    [(signal.SIGINT, [], "goes on from there"), (signal.SIGTERM, ["--no-resume"], "begins its run anew")],
+)
+def test_ctrl_c_finishes_the_step_and_saves(number, flags, again, checkpoint, alone, tmp_path, monkeypatch):
     original, steps = full_scale.train.training_step, iter(range(10))
 
     def signalled(*arguments):
@@ -501,19 +523,15 @@ def test_ctrl_c_finishes_the_step_and_saves(number, checkpoint, tmp_path, monkey
             os.kill(os.getpid(), number)
         return original(*arguments)
 
-    flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path / "stopped", *QUICK, "--save-every", 100]
+    words = ["train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--save-every", 100]
     with monkeypatch.context() as patch:
         patch.setattr(full_scale.train, "training_step", signalled)
-        done = run_module("train", *flags)
-        steps = iter(range(10))
-        anew = run_module("train", *flags[:5], tmp_path / "anew", *flags[6:], "--no-resume")
+        done = run_module(*words, *flags)
     assert done.returncode == 128 + number
     assert done.stderr.startswith("interrupted: what is saved in ") and done.stderr.count("\n") == 1
-    assert done.stderr.endswith("; the same command goes on from there\n")
-    assert anew.stderr.endswith("; the same command begins its run anew\n")
-    done = run_module("train", *flags)
-    assert "from step 3" in done.stdout
-    same(log_of(tmp_path / "stopped"), expected)
+    assert done.stderr.endswith(f"; the same command {again}\n")
+    assert "from step 3" in run_module(*words).stdout
+    same(log_of(tmp_path), alone[1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the worker is found in /proc")
@@ -558,14 +576,13 @@ def test_a_signal_in_the_last_step_is_not_lost(checkpoint, tmp_path, monkeypatch
     assert done.returncode == 0 and "already finished" in done.stdout and not (folder.parent / "checkpoint").exists()
 
 
-@pytest.mark.parametrize("place", ["train.save_pretrained", "load_hf.save_file"])
-def test_a_result_that_cannot_be_written_costs_no_step(place, checkpoint, alone, tmp_path, monkeypatch):
+def test_a_result_that_cannot_be_written_costs_no_step(checkpoint, alone, tmp_path, monkeypatch):
     def full(*arguments, **words):
         raise files.UserError("no space")
 
     flags = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--save-every", 100]
     with monkeypatch.context() as patch:
-        patch.setattr(f"full_scale.{place}", full)
+        patch.setattr(full_scale.load_hf, "save_file", full)
         assert run_module("train", *flags).returncode == 2
     done = run_module("train", *flags)
     assert done.returncode == 0 and "from step 6" in done.stdout
@@ -575,14 +592,14 @@ def test_a_result_that_cannot_be_written_costs_no_step(place, checkpoint, alone,
 def test_other_data_or_weights_are_another_run(checkpoint, tmp_path):
     folder, data = shutil.copytree(checkpoint, tmp_path / "checkpoint"), tmp_path / "rollouts.jsonl"
     data.write_text(ROLLOUTS.read_text())
-    first = train(folder, tmp_path / "1", data=data)
+    first = train(folder, tmp_path / "1", "--steps", 1, data=data)
     data.write_text(ROLLOUTS.read_text().replace("First", "Now"))
-    train(folder, tmp_path / "2", data=data)
+    train(folder, tmp_path / "2", "--steps", 1, data=data)
     data.write_text(ROLLOUTS.read_text())
     change_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 30.0})
-    train(folder, tmp_path / "3", data=data)
+    train(folder, tmp_path / "3", "--steps", 1, data=data)
     change_tensor(folder, lambda tensors: tensors["model.norm.weight"].mul_(1.01))
-    train(folder, tmp_path / "4", data=data)
+    train(folder, tmp_path / "4", "--steps", 1, data=data)
     names = {name: {path.name for path in tmp_path.glob(name)} for name in ("*/checkpoint-*", "*/cache/*")}
     assert [len(some) for some in names.values()] == [4, 4]
     assert abs(first[0]["logratio_correct"]) < 1e-4
@@ -600,31 +617,21 @@ def test_the_end_is_trained_once(checkpoint, tmp_path):
     lines = [json.loads(line) for line in ROLLOUTS.read_text().splitlines()]
     ended = [{**line, "completion": line["completion"] + "<|im_end|>"} for line in lines]
     cut = [{**line, "finished": False} for line in lines]
-    tokens = []
-    for name, rows in (("plain", lines), ("ended", ended), ("cut", cut)):
-        log = train(checkpoint, tmp_path / name, data=write(tmp_path / f"{name}.jsonl", *rows))
-        tokens.append(log[-1]["tokens_sampled"])
+    tokens = [data_of(checkpoint, write(tmp_path / "rows.jsonl", *rows)).length.sum() for rows in (lines, ended, cut)]
     assert tokens[0] == tokens[1] == tokens[2] + 32
 
 
 def test_plots_draws_the_log(checkpoint, alone, finished, tmp_path):
-    command = [sys.executable, "plots.py", str(alone[0]), "--to", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    plots.run([str(alone[0]), "--to", str(tmp_path)])
     assert (tmp_path / "dynamics.png").exists()
-    claims = [sys.executable, "-m", "study.claims", str(alone[0])]
-    done = subprocess.run(claims, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    claims.run([str(alone[0])])
     assert "8 prompts × 4 rollouts" in (alone[0] / "results.md").read_text()
     toy = next(finished[0].glob("fpa-*"))
     both = shutil.copytree(alone[0], tmp_path / "both")
     shutil.copytree(toy, both / toy.name)
-    done = subprocess.run([*command[:2], str(both), *command[3:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    plots.run([str(both), "--to", str(tmp_path)])
     train(checkpoint, tmp_path / "off_rl", "--loss", "off_rl")  # whose rollouts no overlap was measured of
-    command[2] = str(tmp_path / "off_rl")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    plots.run([str(tmp_path / "off_rl"), "--to", str(tmp_path)])
 
 
 BAD_COMMANDS = {
@@ -681,30 +688,37 @@ def test_a_step_that_is_not_finite_stops_or_is_skipped(what, checkpoint, tmp_pat
     assert all(t.isfinite().all() for t in load_file(next(tmp_path.glob("skipped/*/model/model.safetensors"))).values())
 
 
-def test_a_second_training_of_a_run_is_refused(checkpoint, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, lambda: True)
-        interrupt(checkpoint, tmp_path)
-    (folder,) = tmp_path.glob("*-fpa-*")
-    with files.locked(tmp_path / "cache" / f"{folder.name}.lock", "it"):
-        done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
+def test_a_second_training_of_a_run_is_refused(checkpoint, interrupted):
+    (folder,) = interrupted.glob("*-fpa-*")
+    with files.locked(interrupted / "cache" / f"{folder.name}.lock", "it"):
+        done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", interrupted, *QUICK)
     assert done.returncode == 2 and f"is being worked on by process {os.getpid()}" in done.stderr
 
 
-def test_a_reference_that_another_command_computes_is_waited_for(checkpoint, tmp_path):
-    assert run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK).returncode == 0
+def test_a_reference_that_another_command_computes_is_waited_for(checkpoint, tmp_path, monkeypatch):
+    words = ["train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--steps", 1]
+    assert run_module(*words).returncode == 0
     (cache,) = tmp_path.glob("cache/reference-*")
-    words = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--seed", 1]
-    command = [sys.executable, "-u", "-m", "full_scale.train", *map(str, words)]
-    with files.locked(cache.with_suffix(".lock"), cache):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert next(line for line in process.stdout if "reference" in line).startswith("waiting: ")
-    rest = process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and "reference     cached" in rest
+    held, waiting = threading.Event(), threading.Event()
+
+    def hold():
+        with files.locked(cache.with_suffix(".lock"), cache):
+            held.set()
+            assert waiting.wait(60)
+
+    monkeypatch.setattr(files, "print", lambda text: print(text) or waiting.set(), raising=False)
+    with ThreadPoolExecutor(1) as other:
+        holding = other.submit(hold)
+        assert held.wait(60)
+        done = run_module(*words, "--seed", 1)
+        holding.result()
+    assert done.returncode == 0
+    first, second = [line for line in done.stdout.splitlines() if "reference" in line][:2]
+    assert first.startswith("waiting: ") and second.startswith("reference     cached")
 
 
 def test_an_interrupted_references_files_are_removed(checkpoint, tmp_path):
-    words = ["train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--no-save-model"]
+    words = ["train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--steps", 1, "--no-save-model"]
     assert run_module(*words).returncode == 0
     (cache,) = tmp_path.glob("cache/reference-*")
     (cache / "sums.safetensors").unlink()
@@ -716,25 +730,15 @@ def test_an_interrupted_references_files_are_removed(checkpoint, tmp_path):
 
 
 def test_a_damaged_reference_is_one_line(checkpoint, tmp_path):
-    train(checkpoint, tmp_path)
+    train(checkpoint, tmp_path, "--steps", 1)
     shutil.rmtree(next(tmp_path.glob("*-fpa-*")))
     hidden = next(tmp_path.glob("cache/*/hidden-*.safetensors"))
     content = bytearray(hidden.read_bytes())
     content[-100] ^= 1
     for damage in (lambda: hidden.write_bytes(content), hidden.unlink):
         damage()
-        done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
+        done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK, "--steps", 1)
         assert done.returncode == 2 and str(hidden) in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_a_checkpoint_of_noise_is_one_line(checkpoint, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        kill_at(patch, lambda: saved_step(tmp_path) == 4)
-        interrupt(checkpoint, tmp_path)
-    path = next(tmp_path.glob("*/checkpoint/*.safetensors"))
-    path.write_bytes(bytes(path.stat().st_size))
-    done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
-    assert done.returncode == 2 and f"error: {path.parent}: " in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, alone, tmp_path, monkeypatch):
@@ -755,14 +759,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, alone, tmp_path, mon
 
 def test_a_disk_too_small_for_the_reference_is_one_line(checkpoint, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    rows = read_data(full_scale.train.parse_args(["--init", "x", "--data", str(ROLLOUTS)]), ChatTokenizer(checkpoint))
-    needed = rows.length.sum().item() * load_pretrained(checkpoint)[0].config.d_model * 4  # bytes of float32
+    needed = data_of(checkpoint).length.sum().item() * load_pretrained(checkpoint)[0].config.d_model * 4  # bytes of float32
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
     done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path, *QUICK)
     assert done.returncode == 2
     assert "the reference takes 0.0 GB, and 0.0 GB are free" in done.stderr
     assert not list(tmp_path.glob("cache/*/*"))
-    assert train(checkpoint, tmp_path, "--loss", "off_rl")  # needs none
+    assert train(checkpoint, tmp_path, "--loss", "off_rl", "--steps", 1)  # needs none
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD_COMMANDS.items(), ids=BAD_COMMANDS)

@@ -23,6 +23,7 @@ from test_docs import flowing, table
 from test_full_scale import write
 from test_full_scale_gym import here
 from test_full_scale_training import taught  # noqa: F401 (a fixture)
+from test_interruption import Forked
 from test_model import make
 
 from losses import token_logps
@@ -59,6 +60,31 @@ def small(taught, tmp_path, monkeypatch):  # noqa: F811
     return run
 
 
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """`real.call`, which forks what samples and trains from processes that have imported it, one at a time."""
+    plain, lock, printed = real.call, threading.Lock(), tmp_path_factory.mktemp("forked") / "printed.txt"
+    modules = ("full_scale.rollouts", "full_scale.train")
+    with Forked(modules[0]) as sampling, Forked(modules[1]) as training:
+
+        def call(module, *words):
+            if module not in modules:
+                return plain(module, *words)
+            with lock:
+                code, _ = (sampling if module == modules[0] else training).run(words, printed)
+                if code:
+                    raise UserError(printed.read_text())
+
+        yield call
+
+
+@pytest.fixture
+def quick(small, forked, monkeypatch):
+    """`small`, whose processes are forked."""
+    monkeypatch.setattr(real, "call", forked)
+    return small
+
+
 def test_cases_are_trained_gathered_and_judged(small, capsys):
     folder = small("off_rl", "fpa")
     cases = real.study(folder)
@@ -77,8 +103,8 @@ def test_cases_are_trained_gathered_and_judged(small, capsys):
                                                        "topr              0 of 2 seeds"]  # fmt: skip
 
 
-def test_the_second_task_has_tables_of_its_own(small):
-    folder = small("off_rl", "differences_off_rl")
+def test_the_second_task_has_tables_of_its_own(quick):
+    folder = quick("off_rl", "differences_off_rl")
     cases = real.study(folder)
     assert [list(cases[name]) for name in ("off_rl", "differences_off_rl", "differences_fpa")] == [[0, 1], [0, 1], []]
     assert {run.experiments for run in read_folder(folder)} == {("sums",)}
@@ -87,22 +113,22 @@ def test_the_second_task_has_tables_of_its_own(small):
     assert "| `off_rl` | 2 |" in sums and "differences" not in sums and "| `differences_off_rl` | 2 |" in others
 
 
-def test_a_second_command_repeats_nothing(small, tmp_path):
-    folder = small("off_rl")
+def test_a_second_command_repeats_nothing(quick, tmp_path):
+    folder = quick("off_rl")
     held = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("log.csv")}
     before = (folder / "curves.csv").read_text()
-    small("off_rl")
+    quick("off_rl")
     assert held == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("log.csv")} and len(held) == 2
     assert (folder / "curves.csv").read_text() == before
     assert {run.experiments for run in read_folder(folder)} == {("sums",)}  # whose runs are in both places now
     shutil.rmtree(tmp_path / "runs" / "sums" / "runs")
-    small("off_rl")  # the tables hold its runs
+    quick("off_rl")  # the tables hold its runs
     assert not list((tmp_path / "runs").rglob("log.csv")) and (folder / "curves.csv").read_text() == before
     assert {run.experiments for run in read_folder(folder)} == {("sums",)}  # of which these runs stay
 
 
-def test_a_forecast_is_measured_against_the_later_policy(small):
-    folder = small("forecast")
+def test_a_forecast_is_measured_against_the_later_policy(quick):
+    folder = quick("forecast")
     ratios = []
     for run in real.study(folder)["forecast"].values():
         table = run.tables["extrapolation"]
@@ -154,9 +180,9 @@ def test_logits_are_kept_of_one_run(tmp_path, monkeypatch):
         forecast.Snapshots(SimpleNamespace(out=tmp_path), None, None)
 
 
-def test_single_tokens_are_on_the_page(small):
+def test_single_tokens_are_on_the_page(quick):
     """Of an Off-RL and an FPA run without accuracies, which other runs of the same settings have."""
-    folder = small("forecast", "tokens")
+    folder = quick("forecast", "tokens")
     (pair, *_) = page.set_data(read_folder(folder))["pairs"]
     assert [len(some) for some in pair["tokens"]] == [len(text.split(",")) for text in pair["ref"]]
     correct, incorrect = ("".join(some) for some in pair["tokens"])
@@ -181,7 +207,7 @@ def test_a_command_that_fails_is_one_line(small, monkeypatch, capfd):
     assert stopped.value.code == 2 and "argument --lr" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_a_seed_that_fails_leaves_the_others_in_the_tables(small, monkeypatch, tmp_path, capsys):
+def test_a_seed_that_fails_leaves_the_others_in_the_tables(quick, monkeypatch, tmp_path, capsys):
     plain = real.call
 
     def failing(module, *words):
@@ -191,7 +217,7 @@ def test_a_seed_that_fails_leaves_the_others_in_the_tables(small, monkeypatch, t
 
     monkeypatch.setattr(real, "call", failing)
     with pytest.raises(SystemExit):
-        small("off_rl")
+        quick("off_rl")
     assert "no seed 1" in capsys.readouterr().err and list(real.study(tmp_path / "results")["off_rl"]) == [0]
     assert "| `off_rl` |" in (tmp_path / "results" / "results.md").read_text()
 
@@ -329,7 +355,7 @@ def test_what_is_said_of_three_learning_rates():
         name: max(real.RATES.values(), key=lambda end: real.each(cases[name + end], real.metric).mean()) for name in real.THREE
     }
     assert set(best.values()) == {"_5e-06"} and "Off-RL, FPA and TOPR have their highest mean at 5e-6" in prose
-    found = {name: tune.search(name, tune.scores(name, held(Path("results"))[0])) for name in ("fpa", "kto", "topr", "sft")}
+    found = {name: tune.search(name, tune.scores(name, held(Path("results")))) for name in ("fpa", "kto", "topr", "sft")}
     scores = [search.score for search in found.values()]
     assert "It scores {:.3f} there, KTO {:.3f}, TOPR {:.3f} and SFT {:.3f}. ".format(*scores) in prose
     assert found["fpa"].chosen["target"] == "incorrect" and f"with λ = {found['fpa'].chosen['lam']:g}. It scores" in prose
@@ -387,7 +413,7 @@ def test_a_policy_on_a_straight_line_is_forecast_where_its_rate_stays():
 def test_what_is_said_of_the_runs():
     """Passes over the rollouts, the second task's share of right rollouts, and the time on one core."""
     findings, protocol = (flowing(Path("docs") / name) for name in ("findings.md", "protocol.md"))
-    runs = {task: held(real.tables_of("results/smollm2", task))[0].values() for task in real.PROBLEMS}
+    runs = {task: held(real.tables_of("results/smollm2", task)).values() for task in real.PROBLEMS}
     passes = {run.config["steps"] * run.config["batch_size"] / run.config["rows"] for run in runs["sums"]}
     assert {0.83, 2.5} <= {round(share, 2) for share in passes}
     assert "This is 0.83 of a pass over the rollouts." in findings and "120 steps, or 2.5 passes." in findings

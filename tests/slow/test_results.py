@@ -243,7 +243,7 @@ def test_evaluations_that_no_curve_needs_are_not_made(monkeypatch):
 
 
 def test_hours_are_those_of_own_runs_or_of_runs_like_them():
-    runs, _ = tables.held(FOLDER)
+    runs = tables.held(FOLDER)
     main = {run.folder.name: run.config for run in MAIN}
     took = experiments.hours(main, runs)
     assert took == pytest.approx(sum(run.log["seconds"][-1] for run in MAIN) / 3600)

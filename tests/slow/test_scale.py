@@ -112,7 +112,7 @@ def test_the_runs_go_from_the_grid_to_the_cases_and_into_the_tables(tmp_path, mo
 
         broken.setattr(scale.changed, "train_all", failing)
         scale.run(["all", *where])
-    assert len(tables.held(tmp_path / "tables")[0]) == 6 + 2  # AdamW's two are gathered all the same
+    assert len(tables.held(tmp_path / "tables")) == 6 + 2  # AdamW's two are gathered all the same
     scale.run(["all", *where])
     runs = results.read_folder(tmp_path / "tables")
     assert len(runs) == 2 * 2 + 4 and all(run.config["loss"] == "fpa" for run in runs)
@@ -120,7 +120,7 @@ def test_the_runs_go_from_the_grid_to_the_cases_and_into_the_tables(tmp_path, mo
     assert kinds == {(None, None), (None, "mean1"), ("sgd", None), ("sgd", "mean1")}
     finals = {run.log["pi_correct"][-1] for run in runs if run.config["seed"] == 3000}
     assert len(finals) == 4  # four different policies
-    held = tables.held(tmp_path / "tables")[0]
+    held = tables.held(tmp_path / "tables")
     by_rate = {lr: sum(tune.score_of(held[tables.identity(settings)]) for settings in scale.grid(lr)) for lr in (0.01, 0.1)}
     assert scale.best_rate(held) == max(by_rate, key=by_rate.get) and scale.best_rate({}) is None
     capsys.readouterr()
