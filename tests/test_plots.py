@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_train import refusal
 
 import plots
 from study import drawing, results
@@ -61,20 +62,16 @@ def test_missing_and_half_written_logs_are_named(tmp_path, capsys, monkeypatch):
 def test_logs_of_another_version_are_one_line(version, tmp_path, capsys):
     fake_run(tmp_path / "runs" / "new")
     fake_run(tmp_path / "runs" / "old", seed=1, format=version)
-    with pytest.raises(SystemExit) as stop:
-        plots.run([str(tmp_path / "runs"), "--to", str(tmp_path / "figures")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "runs/old was written by another version" in error
+    code, error = refusal(plots.run, [tmp_path / "runs", "--to", tmp_path / "figures"], capsys)
+    assert code == 2 and error.count("\n") == 1 and "runs/old was written by another version" in error
     assert not (tmp_path / "figures").exists()
 
 
 @pytest.mark.parametrize("folder", ["none", "empty"])
 def test_no_runs_is_one_line(folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        plots.run([str(tmp_path / folder), "--to", str(tmp_path / "figures")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and str(tmp_path / folder) in error
+    code, error = refusal(plots.run, [tmp_path / folder, "--to", tmp_path / "figures"], capsys)
+    assert code == 2 and error.count("\n") == 1 and str(tmp_path / folder) in error
     assert not (tmp_path / "figures").exists()
 
 
@@ -202,10 +199,8 @@ def test_nulls_of_older_runs_are_absent_settings(tmp_path):
 def test_a_folder_of_figures_that_cannot_be_written(tmp_path, capsys):
     fake_run(tmp_path / "runs" / "a")
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(SystemExit) as stop:
-        plots.run([str(tmp_path / "runs"), "--to", str(tmp_path / "file")])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--to" in error and str(tmp_path / "file") in error and error.count("\n") == 1
+    code, error = refusal(plots.run, [tmp_path / "runs", "--to", tmp_path / "file"], capsys)
+    assert code == 2 and "--to" in error and str(tmp_path / "file") in error and error.count("\n") == 1
     assert (tmp_path / "file").read_text() == "kept"
 
 

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_train import refusal
 
+import toy_math.__main__
 from toy_math import rollouts
 from toy_math.problems import Problem, apply, draw_problem, draw_problems, read_problem, slip_results, verify, write_trace
 from toy_math.rollouts import (
@@ -317,14 +319,17 @@ def test_entropy_is_that_of_the_positions_of_the_completions():
 
 
 @pytest.mark.slow
-def test_toy_math_command(tmp_path):
+def test_toy_math_command():
     for words, kind, likely in (([], "habit in step ", "wrong in 6"), (["--task", "slips"], " in step ", "wrong in 0% of")):
         run = subprocess.run([sys.executable, "-m", "toy_math", *words], capture_output=True, text=True, check=True)
         assert "clean " in run.stdout and "wrong " in run.stdout and "same position" in run.stdout
         assert kind in run.stdout and likely in run.stdout and ("habit" in run.stdout) == (not words)
-    missing = subprocess.run([sys.executable, "-m", "toy_math", str(tmp_path / "none.jsonl")], capture_output=True, text=True)
-    assert missing.returncode == 2 and "none.jsonl" in missing.stderr and missing.stderr.count("\n") == 1
+
+
+def test_a_bad_file_of_the_command_is_one_line(tmp_path, capsys):
+    code, error = refusal(toy_math.__main__.run, [tmp_path / "none.jsonl"], capsys)
+    assert code == 2 and "none.jsonl" in error and error.count("\n") == 1
     for line in ('{"prompt": "47+8?"}', '{"prompt": "47+8?", "completion": "#55", "label": true}', "not JSON"):
         (tmp_path / "bad.jsonl").write_text(line + "\n")
-        bad = subprocess.run([sys.executable, "-m", "toy_math", str(tmp_path / "bad.jsonl")], capture_output=True, text=True)
-        assert bad.returncode == 2 and "bad.jsonl: 1 of 1 lines are bad: line 1: " in bad.stderr and bad.stderr.count("\n") == 1
+        code, error = refusal(toy_math.__main__.run, [tmp_path / "bad.jsonl"], capsys)
+        assert code == 2 and "bad.jsonl: 1 of 1 lines are bad: line 1: " in error and error.count("\n") == 1

@@ -154,7 +154,6 @@ def test_the_loop_is_a_plain_one_over_the_copyable_losses(loss, finished, tmp_pa
 
 
 def test_kto_gets_its_z0_from_the_policy_and_the_base_model(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
     monkeypatch.setattr(stages, "VALIDATION_PROBLEMS", 8)
     monkeypatch.setattr(stages, "TEST_PROBLEMS", 8)
     moved, taken = [], []
@@ -172,7 +171,7 @@ def test_kto_gets_its_z0_from_the_policy_and_the_base_model(finished, tmp_path, 
 
     monkeypatch.setattr(train, "kto_z0", z0)
     monkeypatch.setitem(losses.LOSSES, "kto", dataclasses.replace(losses.LOSSES["kto"], function=kto))
-    train.run(["--loss", "kto", *TINY, "--steps", "3", "--out", str(tmp_path)])
+    run_with_cache(finished, tmp_path, "--loss", "kto", "--steps", "3")
     assert taken == [pytest.approx(0.7)] * 3 and moved[0] < 1e-4 < moved[-1]
 
 
@@ -344,8 +343,7 @@ def test_scores_are_those_of_the_whole_sequence():
 
 
 def test_training_data_start_at_the_first_completion_token(finished, tmp_path):
-    shutil.copytree(finished[0] / "cache", tmp_path / "cache")
-    world = stages.prepare(train.parse_args([*TINY, "--out", str(tmp_path)]), 0, 24)
+    world = tiny_world(finished, tmp_path)
     data = world.rollouts
     assert not data.mask[:, 0].any() and data.mask[:, 1].all() and torch.equal(data.tokens, data.inputs[:, data.start :])
     mask = torch.cat([torch.zeros(len(data), data.start, dtype=torch.bool), data.mask], dim=1)

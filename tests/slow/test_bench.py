@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_train import refusal
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPTConfig
@@ -178,7 +179,5 @@ def test_the_committed_page_is_whole():
 
 @pytest.mark.parametrize("words", [["--quik"], ["--only", "Speed"], ["--to", "no/such/folder/bench.md"], ["--to", "tests"]])
 def test_bad_flags_are_one_line(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.run(words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words[-1] in error and error.count("\n") == 1
+    code, error = refusal(bench.run, words, capsys)
+    assert code == 2 and words[-1] in error and error.count("\n") == 1

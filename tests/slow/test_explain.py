@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -18,8 +19,11 @@ WITH_FPA_FORM = [name for name, row in LOSSES.items() if row.has_fpa_form or row
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+def out(finished, tmp_path_factory):
+    """A folder with the cached stages."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(finished[0] / "cache", folder / "cache")
+    return folder
 
 
 def screen_of(out, loss, *words):

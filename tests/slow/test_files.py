@@ -22,9 +22,10 @@ from test_full_scale_strangers import OTHERS, REMOTE
 from test_full_scale_training import BAD_COMMANDS
 from test_full_scale_weights import BAD_GGUF, BAD_TENSORS, PROPERTIES, STRANGE
 from test_interruption import KILLS
-from test_train import BAD_FLAGS, TINY, command, edit_cache, refusal
+from test_train import BAD_FLAGS, TINY, edit_cache, refusal
 
 import plots
+import toy_math.__main__
 import train
 from full_scale.load_hf import find_tensors
 from full_scale.published import empty_model
@@ -315,18 +316,20 @@ def test_bad_logs_are_named(change, message, finished, tmp_path, capsys):
     assert len(lines) == 1 + (bool(change) and "version" not in message) and not (tmp_path / "figures").exists()
 
 
-@pytest.mark.parametrize("argument", ["--seed x", "--task foo", "none.jsonl", "--nonsense"])
-def test_bad_arguments_of_toy_math(argument):
-    result = command("toy_math", *argument.split(), program="-m")
-    assert result.returncode == 2 and argument.split()[0] in result.stderr and result.stderr.count("\n") == 1
+@pytest.mark.parametrize("argument", ["--seed x", "--task foo", "--nonsense"])
+def test_bad_arguments_of_toy_math(argument, capsys):
+    code, error = refusal(toy_math.__main__.run, argument.split(), capsys)
+    assert code == 2 and argument.split()[0] in error and error.count("\n") == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-@pytest.mark.parametrize("words", ["-m toy_math", "-m study.experiments"])
-def test_output_that_goes_nowhere(words):
-    for end, code, lines in (("> /dev/full", 2, 1), ("| head -n 1 > /dev/null; exit ${PIPESTATUS[0]}", 0, 0)):
-        done = subprocess.run(["bash", "-c", f"{sys.executable} {words} {end}"], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == code and done.stderr.count("\n") == lines, done.stderr
+@pytest.mark.parametrize(
+    ("words", "code", "lines"),
+    [("study.experiments > /dev/full", 2, 1), ("toy_math | head -n 1 > /dev/null; exit ${PIPESTATUS[0]}", 0, 0)],
+)
+def test_output_that_goes_nowhere(words, code, lines):
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m {words}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.count("\n") == lines, done.stderr
 
 
 def test_a_table_that_is_gone_or_a_folder_that_is_a_file_is_named_before_any_work(tmp_path, capsys):

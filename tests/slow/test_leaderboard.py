@@ -1,5 +1,6 @@
 """study/leaderboard.py: a brake from a file is trained as a loss would be; its row, the verdict, and what is refused."""
 
+import shutil
 import statistics
 from types import SimpleNamespace
 
@@ -87,14 +88,15 @@ def test_wrong_words_are_one_line(tmp_path, capsys):
     assert "def brake(pi, pi_ref)" in capsys.readouterr().out
 
 
-def test_a_brake_is_trained_over_seeds_and_reused(tmp_path, capsys):
+def test_a_brake_is_trained_over_seeds_and_reused(finished, tmp_path, capsys):
     """Off-RL as a brake trains what --loss off_rl trains, in processes of their own; the second time nothing is trained."""
     (tmp_path / "same.py").write_text("def brake(pi, pi_ref):\n    return pi\n")
+    shutil.copytree(finished[0] / "cache", tmp_path / "runs" / "cache")
     words = [str(tmp_path / "same.py"), *TINY, "--seed", "0", "1", "--out", str(tmp_path / "runs"), "--jobs", "2"]
     leaderboard.run(words)
     printed = capsys.readouterr().out
     assert "> same" in printed and "nothing to compare with" in printed
-    train.run(["--loss", "off_rl", *TINY, "--seed", "0", "1", "--out", str(tmp_path / "runs"), "--jobs", "2"])
+    train.run(["--loss", "off_rl", *TINY, "--seed", "0", "1", "--out", str(tmp_path / "runs"), "--jobs", "1"])
     for seed in (0, 1):
         ours, theirs = (next((tmp_path / "runs").glob(f"{name}*seed{seed}-*")) for name in ("same", "off_rl"))
         for a, b in zip(read_log(ours), read_log(theirs), strict=True):

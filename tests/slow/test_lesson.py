@@ -19,7 +19,7 @@ import losses
 import train
 from study import exercises, explain, faults, lesson, notebooks
 from study.exercises import EXERCISES, MISTAKES
-from study.results import fpa_runs, mean_and_interval, where
+from study.results import forecast_by_step, fpa_runs, mean_and_interval, where
 
 FOLDER = ROOT / "docs/lesson"
 SOLUTIONS, STUDENT = nbformat.read(FOLDER / "solutions.ipynb", 4), nbformat.read(ROOT / "lesson.ipynb", 4)
@@ -253,28 +253,18 @@ def test_grading_gives_the_points(tmp_path):
     assert "points: 80 of 100" in printed and "the weight is not detached" in printed
 
 
-def graded(source, tmp_path):
-    """What grading says of the solutions with another cell of dpo_brake."""
-    submission = nbformat.from_dict(SOLUTIONS)
-    (cell,) = [cell for cell in submission.cells if "def dpo_brake" in cell.source]
-    cell.source = source
-    nbformat.write(submission, tmp_path / "submission.ipynb")
-    return grade("--notebook", str(tmp_path / "submission.ipynb"))
-
-
 def test_grading_runs_a_constant_beside_the_function_and_nothing_else(tmp_path):
-    submission = nbformat.from_dict(SOLUTIONS)  # an import in the notebook's own cell of imports, which has a magic command
-    (cell,) = [cell for cell in submission.cells if "%matplotlib inline" in cell.source]
-    cell.source += "\nimport torch.nn.functional as F"
-    (cell,) = [cell for cell in submission.cells if "def dpo_brake" in cell.source]
-    cell.source = "def dpo_brake(w, x, beta):\n    return beta * F.sigmoid(torch.tensor(beta * (x - w))).item()\n"
-    nbformat.write(submission, tmp_path / "submission.ipynb")
-    assert "points: 100 of 100" in grade("--notebook", str(tmp_path / "submission.ipynb"))
-    brake = "def dpo_brake(w, x, beta):\n    return ONE * beta / (ONE + math.exp(-beta * (x - w)))\n"
-    assert "points: 100 of 100" in graded(f"EPS = ONE = 1.0\n{brake}", tmp_path)
-    touched = tmp_path / "touched"
-    printed = graded(f"ONE = open({str(touched)!r}, 'w') and 1.0\n{brake}", tmp_path)
-    assert "points: 90 of 100" in printed and "ONE" in printed and not touched.exists()
+    submission, touched = nbformat.from_dict(SOLUTIONS), tmp_path / "touched"
+    (imports,) = [cell for cell in submission.cells if "%matplotlib inline" in cell.source]
+    (answer,) = [cell for cell in submission.cells if "def dpo_brake" in cell.source]
+    imports.source += "\nimport torch.nn.functional as F"  # runs too, beside a magic command
+    brake = "def dpo_brake(w, x, beta):\n    return ONE * beta * F.sigmoid(torch.tensor(beta * (x - w))).item()\n"
+    for constant, points in (("EPS = ONE = 1.0", 100), (f"ONE = open({str(touched)!r}, 'w') and 1.0", 90)):
+        answer.source = f"{constant}\n{brake}"
+        nbformat.write(submission, tmp_path / "submission.ipynb")
+        printed = grade("--notebook", str(tmp_path / "submission.ipynb"))
+        assert f"points: {points} of 100" in printed
+    assert "ONE" in printed and not touched.exists()
 
 
 # --- the data
@@ -317,7 +307,7 @@ def test_what_the_lesson_says_of_the_stored_runs():
     assert ends == sorted(ends, reverse=True) == pytest.approx(list(lesson.ends(only + fpa + off_rl).values()))
     told = "".join(printed(cell) for cell in code(SOLUTIONS) if "lesson.ends" in cell.source)
     assert all(f"accuracy at the end: {end:.2f}" in told for end in ends)
-    ratios = lesson.forecast(fpa)
+    ratios = forecast_by_step(fpa)
     assert ratios[10] < 1 < ratios[80]
     assert all((run.tables["entanglement"]["share_net_below_0"] < 0.5).all() for run in off_rl)  # "at every evaluation"
     dragged = [[run.log["logratio_correct_below_0"][1] for run in some] for some in (only, fpa)]

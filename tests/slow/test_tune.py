@@ -1,5 +1,7 @@
 """study/tune.py: the search on scores that are made up, and the whole command on a tiny world."""
 
+import shutil
+
 import pytest
 from test_train import TINY, refusal
 
@@ -77,12 +79,13 @@ def test_numbers_are_drawn_over_their_whole_ranges():
     assert {settings["schedule"] for settings in drawn} == set(tune.SCHEDULES)
 
 
-def test_the_command_runs_a_search_resumes_it_and_publishes_it(tmp_path, monkeypatch, capsys):
+def test_the_command_runs_a_search_resumes_it_and_publishes_it(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "SETTINGS", 2)
     monkeypatch.setattr(tune, "KEPT", 1)
     monkeypatch.setattr(tune, "ROUNDS", 1)
     monkeypatch.setattr(tune, "SEEDS", (0, 1, 2))
     monkeypatch.setattr(tune, "BUDGET", " ".join(TINY))
+    shutil.copytree(finished[0] / "cache", tmp_path / "runs" / "cache")  # of seed 0
     words = ["--out", tmp_path / "runs", "--to", tmp_path / "results", "--jobs", "1"]
     tune.run(["sft", *map(str, words)])
     printed = capsys.readouterr().out
