@@ -16,7 +16,7 @@ With reward r = +1 (correct) or -1 (incorrect) every offline loss has a gradient
 and the methods differ in the coefficient C. Only asymre, pessimistic and a_star_po can have a negative C. FPA replaces C(pi) by
 C(pi_hat). Since grad logp_sum = |y| grad logp_mean, C |y| is the weight of grad logp_mean.
 
-Left out: label smoothing and other variants of the neighbours, and GRPO's penalty towards the reference policy.
+Left out: label smoothing and other variants of the neighbours, and GRPO's clipping and KL penalty.
 """
 
 import copy
@@ -281,7 +281,7 @@ def rpo(logratio, logp_sum, length, beta=0.1, alpha=1.0):
 
 
 def grpo(logps, advantage, mask, dapo=False):
-    """GRPO (Shao et al. 2024, eq. 3, without its KL term): -A pi_theta / sg[pi_theta], the mean over a row's tokens.
+    """GRPO (Shao et al. 2024, eq. 3, without clipping and KL): -A pi_theta / sg[pi_theta], the mean over a row's tokens.
 
     The policy that sampled is pi_theta itself, because each sample serves one step. So the ratio is 1, and clipping never acts.
     logps (B, T-1) as `token_logps` gives them; advantage (B,); mask (B, T). Returns losses (B,), whose mean is the objective,
@@ -300,7 +300,7 @@ def group_advantage(reward, group_size):
     return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
 
-# --- the table: a loss is one row. Flags, their checks, help, labels, run names and README's table derive from it.
+# --- the table: a loss is one row. Flags, their checks, help, labels and run names derive from it.
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ The command also draws the figures of study/figures.py. `python -m study.verdict
 """
 
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -262,7 +263,7 @@ def run(argv=None):
     )
     args = parser.parse_args(argv)
     to = args.to or args.runs / "figures"
-    if args.to or to.exists():  # otherwise the runs are looked at first
+    if args.to or os.path.exists(to):  # otherwise the runs are looked at first
         check_folder(parser, "--to", to)
     with command(parser.prog, f"the figures in {to} are whole, some of them may be of before", to):
         runs = read_folder(args.runs)

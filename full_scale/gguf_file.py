@@ -19,7 +19,7 @@ from plumbing.files import UserError, raising, shown, write_json
 NAME = ".unpacked.gguf"  # a link to the file, in its folder
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 MOST_LAYERS = 1000  # each takes time to build, however small it is
-folders = []  # removed at the end
+folders, files = [], {}  # the folders that were made, removed at the end; {folder: its .gguf file}
 
 
 def made_of(read, path):
@@ -49,6 +49,7 @@ def unpacked(path):
     metadata, _ = read_file(path)
     folders.append(tempfile.TemporaryDirectory(prefix="gguf-"))
     folder = Path(folders[-1].name)
+    files[str(folder)] = path
     (folder / NAME).symlink_to(path)  # alone, so that transformers finds no other files beside it
 
     def read(_):
@@ -67,7 +68,7 @@ def unpacked(path):
 
 def packed(folder):
     """The .gguf file that `unpacked` made a folder of; None of another folder, whatever links it holds."""
-    return (folder / NAME).readlink() if str(folder) in {made.name for made in folders} else None
+    return files.get(str(folder))
 
 
 def named(folder):

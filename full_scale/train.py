@@ -176,7 +176,8 @@ def train(args, mesh):
     """
     for line in reinterpreted(args, LOSSES, FLAGS):
         say(line)
-    folder = by_first(lambda: fetch(args.init))
+    folder, files = by_first(lambda: (fetch(args.init), gguf_file.files))
+    gguf_file.files.update(files)  # of the first process, which alone unpacks a .gguf file
     tokenizer = ChatTokenizer(folder)
     tokenizer.use_template({}, by_first(lambda: first_date(tokenizer, args.out)))
     data = read_data(args, tokenizer, mismatched=any("z0" in LOSSES[name].inputs for name in args.loss))

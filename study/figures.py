@@ -198,7 +198,7 @@ def figure_prompts(runs):
     ticks = sorted({run.config["prompts"] for some in methods.values() for run in some})
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    rollouts = runs[0].config["rollouts"]
+    rollouts = next(iter(methods.values()))[0].config["rollouts"]
     axis.set(xlabel=f"training prompts ({rollouts} rollouts each)", ylabel="final accuracy, T = 1", ylim=(0, 1))
     axis.legend(loc="lower right")
     return figure, [run for some in methods.values() for run in some]

@@ -75,6 +75,11 @@ def test_no_runs_is_one_line(folder, tmp_path, capsys):
     assert not (tmp_path / "figures").exists()
 
 
+def test_a_name_that_is_too_long_is_one_line(tmp_path, capsys):
+    code, error = refusal(plots.run, [tmp_path / ("a" * 300)], capsys)
+    assert code == 2 and error.count("\n") == 1 and "is not a folder" in error
+
+
 def test_a_seed_counts_once(tmp_path, capsys):
     fake_run(tmp_path / "a", **FPA)
     fake_run(tmp_path / "b", **FPA)

@@ -202,16 +202,16 @@ def alone(checkpoint, tmp_path_factory):
     return out, train(checkpoint, out)
 
 
-def test_two_processes_train_as_one_does(checkpoint, alone, tmp_path):
-    """They share the future policy, KTO's z0 and DPO's pairs."""
-    out = {"fpa": alone[0], "kto": tmp_path / "1", "dpo": tmp_path / "1"}
-    for processes, losses in ((1, ["kto", "dpo"]), (2, [*out])):
+def test_two_processes_train_as_one_does(checkpoint, tmp_path):
+    """They share the future policy, KTO's z0 and DPO's pairs. Off-RL has no future policy, since FPA stands beside it."""
+    losses = ["off_rl", "fpa", "kto", "dpo"]
+    for processes in (1, 2):
         words = ["--init", checkpoint, "--data", ROLLOUTS, "--out", tmp_path / str(processes), *QUICK, "--lam", 2]
         done = run_module("train", *words, "--loss", *losses, processes=processes)
         assert done.returncode == 0, done.stderr
-    for loss in out:
-        assert_logs_agree(log_of(tmp_path / "2", loss), log_of(out[loss], loss), rtol=1e-4)
-    weights = [load_file(next(out.glob("*-fpa-*/model/model.safetensors"))) for out in (alone[0], tmp_path / "2")]
+    for loss in losses:
+        assert_logs_agree(log_of(tmp_path / "2", loss), log_of(tmp_path / "1", loss), rtol=1e-4)
+    weights = [load_file(next((tmp_path / n).glob("*-fpa-*/model/model.safetensors"))) for n in "12"]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-4)
 
@@ -688,10 +688,11 @@ def test_a_step_that_is_not_finite_stops_or_is_skipped(what, checkpoint, tmp_pat
     assert all(t.isfinite().all() for t in load_file(next(tmp_path.glob("skipped/*/model/model.safetensors"))).values())
 
 
-def test_a_second_training_of_a_run_is_refused(checkpoint, interrupted):
-    (folder,) = interrupted.glob("*-fpa-*")
-    with files.locked(interrupted / "cache" / f"{folder.name}.lock", "it"):
-        done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", interrupted, *QUICK)
+def test_a_second_training_of_a_run_is_refused(checkpoint, interrupted, tmp_path):
+    out = shutil.copytree(interrupted, tmp_path / "out")
+    (folder,) = out.glob("*-fpa-*")
+    with files.locked(out / "cache" / f"{folder.name}.lock", "it"):
+        done = run_module("train", "--init", checkpoint, "--data", ROLLOUTS, "--out", out, *QUICK)
     assert done.returncode == 2 and f"is being worked on by process {os.getpid()}" in done.stderr
 
 

@@ -399,7 +399,8 @@ def test_training_and_sampling_begin_from_a_gguf_file(tmp_path):
     more = ["--n", 3, "--out", tmp_path / "v.jsonl", "--engine", "vllm"]
     done = run_module("rollouts", "--model", path, "--problems", problems, *more)
     assert done.returncode == 2 and "m.gguf: vLLM does not sample from a .gguf file here; --engine own does\n" in done.stderr
-    done = run_module("train", "--init", path, "--data", ROLLOUTS, "--out", tmp_path / "runs", *QUICK, "--steps", 1)
+    words = ["--init", path, "--data", ROLLOUTS, "--out", tmp_path / "runs", *QUICK, "--steps", 1]
+    done = run_module("train", *words, processes=2)  # the first of which unpacks the file
     assert done.returncode == 0, done.stderr
     (trained,) = tmp_path.glob("runs/*/model")
     assert trained.parent.name.startswith("m-")

@@ -125,7 +125,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(call, whole, out, monkeypatc
 
 # before a row of log.csv, a checkpoint, and samples.txt
 @pytest.mark.parametrize(
-    ("module", "name", "call"), [(log, "write_csv", 3), (keeper, "save_checkpoint", 3), (train, "write_text", 1)]
+    ("module", "name", "call"),
+    [(log, "write_csv", 3), (keeper, "save_checkpoint", 1), (keeper, "save_checkpoint", 3), (train, "write_text", 1)],
 )
 def test_a_run_killed_while_it_writes_goes_on(module, name, call, whole, out, monkeypatch):
     killed_before(call, monkeypatch, module, name, [*FULL, "--out", str(out)])
@@ -159,7 +160,7 @@ def test_the_base_model_goes_on(few, finished, tmp_path, monkeypatch, capsys):
     assert ours.read_bytes() == theirs.read_bytes() and not list(tmp_path.glob("cache/*.checkpoint"))
 
 
-@pytest.mark.parametrize("name", ["sample", "write_beside"])
+@pytest.mark.parametrize("name", ["sample", "token_logps", "write_beside"])
 def test_stages_that_were_killed_are_made_anew(name, whole, tmp_path, monkeypatch):
     if name == "sample":  # which the base model has no part in
         (tmp_path / "cache").mkdir()

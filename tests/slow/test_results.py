@@ -42,6 +42,16 @@ def add_extrapolation(folder, ratio, gain):
     (folder / "extrapolation.csv").write_text("\n".join(lines) + "\n")
 
 
+def test_the_forecast_by_step_is_a_geometric_mean():
+    def run(later, *kl):
+        lam = np.array([0.0, 2.0])
+        rows = {"t": [10.0, 10.0], "later": [later, later], "lam": lam, "kl": kl}
+        return results.Run(None, {}, {}, {"extrapolation": {name: np.array(column) for name, column in rows.items()}})
+
+    runs = [run(30.0, 1.0, 4.0), run(30.0, 1.0, 0.25), run(20.0, 1.0, 9.0)]  # of the last one 20 is not (1 + 2) 10
+    assert results.forecast_by_step(runs) == {10: pytest.approx(1.0)} and results.forecast_by_step(runs, 1) == {}
+
+
 # --- the tables
 
 

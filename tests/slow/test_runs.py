@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_grpo_samples_what_it_trains_on(finished, tmp_path):
 
 def test_seconds_leave_out_evaluations(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(log.time, "time", lambda: clock[0])
+    monkeypatch.setattr(log, "time", SimpleNamespace(time=lambda: clock[0]))
 
     def measure(step, model):
         clock[0] += 30.0
