@@ -167,7 +167,7 @@ def figure_prolonged(runs):
     most = max((steps for steps, some in lengths.items() if len(by_method(some)) > 1), default=0)
     if most <= main_runs(runs)[0].config["steps"]:
         return None  # figure_dynamics shows them
-    chosen = few([run for run in runs if "prolonged" in run.experiments] or main_runs(lengths[most]), most=3)
+    chosen = few(of_experiment(runs, "prolonged") or main_runs(lengths[most]), most=3)
     return over_steps([panel_accuracy, *LOGRATIOS, panel_below], 2, 2, by_method(chosen)), chosen
 
 

@@ -164,9 +164,11 @@ def members(runs):
 
 def missing(args, runs):
     """Of a parsed command: the settings of the runs that are not held, or not with the diagnostics that it asks for."""
-    wanted = train.run_settings(args)
-    enough = {run for run in runs if not args.diagnostics or "entanglement" in runs[run].tables}
-    return {name: settings for name, settings in wanted.items() if identity(settings) not in enough}
+
+    def is_held(run):
+        return run in runs and (not args.diagnostics or "entanglement" in runs[run].tables)
+
+    return {name: settings for name, settings in train.run_settings(args).items() if not is_held(identity(settings))}
 
 
 # --- what they take

@@ -559,7 +559,7 @@ def slips_at_ten():
 
 def test_what_is_said_of_lam_and_of_targets_on_habit():
     page = flowing(Path("docs/findings.md"))
-    grid, targeted = ([run for run in held().values() if f"{name}-grid" in run.experiments] for name in ("lambda", "targets"))
+    grid, targeted = (results.of_experiment(held().values(), f"{name}-grid") for name in ("lambda", "targets"))
     correct, incorrect = (results.where(targeted, target=target) for target in ("correct", "incorrect"))
     own = [run for run in grid if run.get("lam") > 0]
     collapsed = [run for run in own if verdicts.metric(run) < 0.02]
@@ -609,7 +609,7 @@ def test_what_is_said_of_the_searches():
     first_two = np.mean([of_seed(chosen, seed) for seed in experiments.GRID_SEEDS])
     assert experiments.GRID_SEEDS == tune.SEEDS[:2] and chosen["schedule"] == "linear"
     assert f"On two of the five seeds Off-RL scores {first_two:.3f} at its best setting." in page
-    plain = [run for run in held().values() if "lambda-grid" in run.experiments and run.config["loss"] == "off_rl"]
+    plain = results.where(results.of_experiment(held().values(), "lambda-grid"), loss="off_rl")
     on_grid = {lr: np.mean([*map(tune.score_of, results.where(plain, lr=lr))]) for lr in experiments.RATES}
     best = max(on_grid, key=on_grid.get)
     assert f"At {best:g}, the best of the seven rates, it scores {on_grid[best]:.3f} on these two." in page
